@@ -1,0 +1,1 @@
+"""Align image and text towers in one embedding space."""

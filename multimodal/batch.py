@@ -1,0 +1,55 @@
+"""The records that travel through the project, and the legend of its dimension letters.
+
+B       the global batch, over all ranks
+b       this rank's rows of it
+n       any number of rows (evaluation)
+D       the shared embedding
+W       the width of a tower's pooled output
+C H W   an image: channels, height, width (uint8 until it is on the device)
+L       text tokens (the context length)
+P       image patches
+K       classes
+T       templates
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example as a source gives it, before any tower's preprocessing."""
+
+    key: str
+    """Where it comes from, for messages: "shard.tar/000123", "images/cat.jpg"."""
+    inputs: Mapping[str, Any]
+    """What towers read, by name: "image" is a PIL image, "text" a tuple of captions, of which one is drawn per step."""
+    label: int | None = None
+    """Class index, where the source has classes."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of one global batch."""
+
+    inputs: Mapping[str, Tensor]
+    """By tower name: image uint8 [b, C, H, W], text int64 [b, L]."""
+    indices: Tensor
+    """int64 [b], the samples' places in their source (of the stand-in, where a sample was replaced)."""
+    replaced: list[str] = field(default_factory=list)
+    """One line for each broken sample that another one stands in for: its key and what was wrong."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the model makes of a batch; losses take what they need from it by name."""
+
+    tensors: Mapping[str, Tensor]
+    """`<tower>_features`: [b, D], unit norm."""
+    logit_scale: Tensor
+    """[], the multiplier, already exponentiated."""
+    logit_bias: Tensor | None = None
+    """[], added to the logits (sigmoid losses)."""

@@ -1,0 +1,1 @@
+"""Sources of samples, transforms, order and loader."""

@@ -1,0 +1,1 @@
+"""Losses: one file each; the mathematics is a pure function on tensors."""

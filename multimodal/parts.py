@@ -1,0 +1,346 @@
+"""The contracts on one page: what a part of an experiment is, and how one is described and found.
+
+A part is a frozen pydantic model whose fields are its knobs. Its YAML names the class in `_target_`; `resolve` turns
+such a mapping into the part, from allowed packages only: this one, and installed packages with the entry point group
+`multimodal.parts`. A field annotated with a contract (`loss: dict[str, Loss]`) resolves by itself.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_serializer, model_validator
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from torch import Tensor, nn
+from torch.optim import Optimizer as TorchOptimizer
+
+from multimodal.batch import Features, Sample
+from multimodal.units import Cadence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+ENTRY_POINT_GROUP = "multimodal.parts"
+
+
+# --- describing -----------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The hint "Did you mean 'x'?" for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def problem(message: str, *path: str | int, value: object = None) -> InitErrorDetails:
+    """One line of a ValidationError, at `path` below the value under validation."""
+    return InitErrorDetails(
+        type=PydanticCustomError("problem", "{message}", {"message": message}), loc=path, input=value
+    )
+
+
+class Section(BaseModel):
+    """Typed fields and nothing beside them: unknown keys are refused with the nearest known name; scalars are strict."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _suggest_names(cls, value: Any, handler: Callable[[Any], Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            lines = []
+            for line in error.errors(include_url=False):
+                message = line["msg"]
+                if line["type"] == "extra_forbidden" and len(line["loc"]) == 1:
+                    message = "unknown key." + did_you_mean(str(line["loc"][0]), cls.model_fields)
+                elif line["type"] == "missing":
+                    message = "no value given"
+                elif line["type"] not in ("problem", "value_error", "extra_forbidden"):
+                    message = f"{message[:1].lower()}{message[1:]}, got {line['input']!r}"
+                lines.append(problem(message.removeprefix("Value error, "), *line["loc"], value=line["input"]))
+            raise ValidationError.from_exception_data(cls.__name__, lines) from None
+
+
+class Part(Section, ABC):
+    """Base of every contract: a part is its knobs; the subclass says what it does with them."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if inspect.isabstract(cls):  # a contract: the value says by `_target_` which of its parts it is
+            return core_schema.no_info_plain_validator_function(lambda value: resolve(value, cls))
+        return handler(source)
+
+    @model_serializer(mode="wrap")
+    def _name_target(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **handler(self)}
+
+
+P = TypeVar("P", bound=Part)
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def allowed_packages() -> frozenset[str]:
+    """Top-level packages that parts may come from: ours, and those installed ones that announce themselves."""
+    announced = (point.value.split(":")[0].split(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP))
+    return frozenset({"multimodal", *announced})
+
+
+def find_part(target: str, contract: type[Part]) -> type[Part]:
+    """The class that `target` names; ValueError if it is not an allowed `contract`, before anything is imported."""
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise ValueError(f"'{target}' is not a dotted path to a class")
+    package, (module_name, _, name) = target.split(".")[0], target.rpartition(".")
+    if package not in allowed_packages():
+        allowed = ", ".join(sorted(allowed_packages()))
+        raise ValueError(f"'{target}' is outside the packages that parts may come from ({allowed})")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"'{module_name}' needs the package '{error.name}', which is not installed") from None
+        raise ValueError(f"there is no module '{error.name}'") from None
+    parts = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Part)}
+    found = parts.get(name)
+    if found is None:
+        raise ValueError(f"'{module_name}' has no part '{name}'.{did_you_mean(name, parts)}")
+    if not issubclass(found, contract) or inspect.isabstract(found):
+        kind = next((c.__name__ for c in found.__mro__[1:] if inspect.isabstract(c)), "contract")
+        raise ValueError(f"'{name}' is the wrong kind of part: a {contract.__name__} is wanted here, this is a {kind}")
+    return found
+
+
+def resolve(value: Any, contract: type[P]) -> P:
+    """The part that a mapping with `_target_` describes; every problem in it is reported at its own path."""
+    if isinstance(value, contract):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+        message = f"should be a {contract.__name__}: a mapping whose `_target_` names one"
+        raise ValidationError.from_exception_data(contract.__name__, [problem(message, value=value)])
+    try:
+        found = find_part(value["_target_"], contract)
+    except ValueError as error:
+        line = problem(str(error), "_target_", value=value["_target_"])
+        raise ValidationError.from_exception_data(contract.__name__, [line]) from None
+    return found.model_validate({key: item for key, item in value.items() if key != "_target_"})  # type: ignore[return-value]
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used; says which one and why. In training another one stands in for it."""
+
+
+class Source(ABC):
+    """Samples at random access; the same index gives the same sample in every process."""
+
+    class_names: tuple[str, ...] = ()
+    """Names by label, where samples have labels."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The sample; BadSample, naming the file and key, if it is broken."""
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Only the captions of a sample, without decoding anything else."""
+
+
+class Dataset(Part):
+    """Where samples come from. Files are relative to `root`; `build` refuses what is missing, not the first epoch."""
+
+    @abstractmethod
+    def build(self, root: Path) -> Source: ...
+
+
+class Augment(Part):
+    """A random change to a training image; `rng` is a function of (seed, epoch, index), so that it can be repeated."""
+
+    @abstractmethod
+    def __call__(self, image: "Image", size: int, rng: Random) -> "Image":
+        """The image, `size` pixels square, or any other size to be resized and cropped as in evaluation."""
+
+
+# --- towers ---------------------------------------------------------------------------------------------------------
+
+
+class Preprocessor(Protocol):
+    """From a sample's input to the tensor that a tower reads; runs in the data workers."""
+
+    def __call__(self, value: Any, rng: Random | None) -> Tensor:
+        """`rng` is None in evaluation, where nothing is random."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a checkpoint needs to make this preprocessor again (a trained vocabulary)."""
+
+
+class TowerModule(nn.Module, ABC):
+    """What a tower builds: from preprocessed inputs to one vector a sample."""
+
+    width: int
+    """W, of the output."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """From [n, ...] as preprocessed, on the device, to pooled features [n, W]."""
+
+    def projection(self, embed_dim: int) -> nn.Module:
+        """From [n, W] to [n, D]: linear without bias, as in CLIP; a tower that projects by itself returns the identity."""
+        linear = nn.Linear(self.width, embed_dim, bias=False)
+        nn.init.normal_(linear.weight, std=self.width**-0.5)
+        return linear
+
+
+class Tower(Part):
+    """One modality's encoder."""
+
+    reads: ClassVar[str]
+    """The sample's input that this tower takes: "image", "text"."""
+
+    @abstractmethod
+    def preprocessor(self, captions: Callable[[], Iterable[str]], augment: Augment, saved: Path | None) -> Preprocessor:
+        """Made for a new run from the training `captions`, or as it was `saved` in a checkpoint's folder."""
+
+    @abstractmethod
+    def build(self, preprocessor: Any, embed_dim: int) -> TowerModule:
+        """The module, randomly initialised, for what this tower's own `preprocessor` makes."""
+
+
+class Encoding(Protocol):
+    """Text to token ids, padded to the context."""
+
+    vocab_size: int
+
+    def __call__(self, text: str) -> Tensor:
+        """int64 [L]."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Tokenizer(Part):
+    """How a text tower cuts captions into tokens."""
+
+    @abstractmethod
+    def build(self, captions: Callable[[], Iterable[str]], context_length: int, saved: Path | None) -> Encoding:
+        """Trained on `captions`, if it learns its vocabulary, or read from `saved`, a checkpoint's folder."""
+
+
+# --- objective ------------------------------------------------------------------------------------------------------
+
+
+class Loss(Part):
+    """A term of the objective: callable on features, a scalar whose mean over ranks is the term of the global batch."""
+
+    weight: float
+    """Multiplies the term in the sum of all terms."""
+
+    @abstractmethod
+    def needs(self) -> frozenset[str]:
+        """Names in `Features.tensors` that the term reads; checked against the model before the start."""
+
+    @abstractmethod
+    def __call__(self, features: Features) -> Tensor: ...
+
+
+class Optimizer(Part):
+    """`groups` are torch's parameter groups, decay already split off for gains, biases and scales."""
+
+    lr: float
+    """Peak learning rate."""
+
+    weight_decay: float
+    """For matrices; gains, biases and scales have none."""
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]]) -> TorchOptimizer: ...
+
+
+class Schedule(Part):
+    """The learning rate as a pure function of the step."""
+
+    @abstractmethod
+    def __call__(self, step: int, warmup_steps: int, total_steps: int) -> float:
+        """The factor on the peak learning rate for the update numbered `step`, from 0."""
+
+
+# --- watching -------------------------------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """The model as evaluations see it."""
+
+    logit_scale: float
+
+    def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
+        """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU, equal on every rank."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    """By short name ("top1", "i2t_r1"); logged as `eval/<name>/<metric>`."""
+    figures: dict[str, "Callable[[], Figure]"] = field(default_factory=dict)
+    """By file name without ending; drawn on one rank only."""
+
+
+class Eval(Part):
+    """An evaluation with its own cadence and data."""
+
+    every: Cadence
+    """How often during training; it always runs at the end."""
+
+    @abstractmethod
+    def build(self, root: Path) -> Callable[[Encoder], Report]:
+        """Open the data (below `root`), so that what is missing is an error before the start; run when called."""
+
+
+class Mirror(Protocol):
+    """Where a run's log is shown a second time, beside its own files."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def figure(self, step: int, name: str, path: Path) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of the run."""
+
+    name: str
+    id: str
+    """Stays the same when the run is resumed."""
+    folder: Path
+    config: dict[str, Any]
+    history: list[dict[str, float]]
+    """Rows logged before this start, when resuming."""
+
+
+class Tracker(Part):
+    """Mirrors the log elsewhere; never the source of truth."""
+
+    @abstractmethod
+    def start(self, run: RunInfo) -> Mirror: ...

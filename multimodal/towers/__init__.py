@@ -1,0 +1,1 @@
+"""Towers: one file per family, with their tokenizers."""

@@ -1,0 +1,71 @@
+"""Quantities of training time as one value with a unit: `500steps`, `10epochs`, `2Msamples`, `5minutes`."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+MULTIPLIERS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Duration:
+    """So many steps, epochs or samples."""
+
+    value: float
+    unit: str
+    multiplier: str = ""
+
+    @classmethod
+    def units(cls) -> tuple[str, ...]:
+        return ("steps", "epochs", "samples")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "500steps", "1.5epochs", "2Msamples" (singular and a space are accepted)."""
+        units = "|".join(unit.removesuffix("s") for unit in cls.units())
+        match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?([kMG]?)({units})s?", text)
+        if match is None:
+            examples = ", ".join(f"5{unit}" for unit in cls.units())
+            raise ValueError(
+                f"should be a number with a unit, such as {examples} (k, M, G multiply: 2Msamples), got '{text}'"
+            )
+        return cls(float(match[1]), match[3] + "s", match[2])
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.multiplier}{self.unit}"
+
+    def steps(self, global_batch_size: int, steps_per_epoch: int) -> int:
+        """In whole optimisation steps, rounded up (0 stays 0)."""
+        amount = self.value * MULTIPLIERS[self.multiplier]
+        per_step = {"steps": 1.0, "epochs": 1 / steps_per_epoch, "samples": float(global_batch_size)}[self.unit]
+        return -int(-round(amount / per_step, 6) // 1)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def _validate(cls, value: object) -> Self:
+        return value if isinstance(value, cls) else cls.parse(str(value))
+
+
+@dataclass(frozen=True)
+class Cadence(Duration):
+    """How often: every so many steps, epochs or samples, or minutes of wall time; `never` for only at the end."""
+
+    @classmethod
+    def units(cls) -> tuple[str, ...]:
+        return ("steps", "epochs", "samples", "minutes")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As a duration, or "never"."""
+        return cls(0, "never") if text == "never" else super().parse(text)
+
+    def __str__(self) -> str:
+        return "never" if self.unit == "never" else super().__str__()
