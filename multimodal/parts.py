@@ -50,7 +50,7 @@ def problem(message: str, *path: str | int, value: object = None) -> InitErrorDe
 
 
 class Section(BaseModel):
-    """Typed fields and nothing beside them: unknown keys are refused with the nearest known name; scalars are strict."""
+    """Typed fields and nothing beside them: unknown keys are refused, with the nearest known name; strict scalars."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -165,6 +165,10 @@ class Source(ABC):
     def captions(self, index: int) -> tuple[str, ...]:
         """Only the captions of a sample, without decoding anything else."""
 
+    def label(self, index: int) -> int | None:
+        """Only the class index of a sample, likewise; None where samples have none."""
+        return None
+
 
 class Dataset(Part):
     """Where samples come from. Files are relative to `root`; `build` refuses what is missing, not the first epoch."""
@@ -205,7 +209,7 @@ class TowerModule(nn.Module, ABC):
         """From [n, ...] as preprocessed, on the device, to pooled features [n, W]."""
 
     def projection(self, embed_dim: int) -> nn.Module:
-        """From [n, W] to [n, D]: linear without bias, as in CLIP; a tower that projects by itself returns the identity."""
+        """From [n, W] to [n, D]: linear without bias, as in CLIP; identity for a tower that projects by itself."""
         linear = nn.Linear(self.width, embed_dim, bias=False)
         nn.init.normal_(linear.weight, std=self.width**-0.5)
         return linear
@@ -233,6 +237,9 @@ class Encoding(Protocol):
 
     def __call__(self, text: str) -> Tensor:
         """int64 [L]."""
+
+    def decode(self, ids: Tensor) -> str:
+        """The text that the ids [L] stand for, without padding and marks of start and end."""
 
     def save(self, folder: Path) -> None: ...
 
@@ -289,10 +296,12 @@ class Schedule(Part):
 class Encoder(Protocol):
     """The model as evaluations see it."""
 
-    logit_scale: float
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines."""
 
     def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
-        """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU, equal on every rank."""
+        """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,24 @@ class Duration:
 
 
 @dataclass(frozen=True)
+class Warmup(Duration):
+    """A duration, or a share of the run's: "5%"."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """As a duration, or a percentage."""
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text):
+            return cls(float(match[1]), "%")
+        return super().parse(text)
+
+    def steps_of(self, total_steps: int, global_batch_size: int, steps_per_epoch: int) -> int:
+        """In whole optimisation steps of a run of `total_steps`."""
+        if self.unit == "%":
+            return round(total_steps * self.value / 100)
+        return self.steps(global_batch_size, steps_per_epoch)
+
+
+@dataclass(frozen=True)
 class Cadence(Duration):
     """How often: every so many steps, epochs or samples, or minutes of wall time; `never` for only at the end."""
 

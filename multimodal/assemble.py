@@ -1,0 +1,107 @@
+"""From a configuration to what it describes: source, readers, model, evaluations; all that is wrong is said at once."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from multimodal.config import ConfigError, TrainConfig
+from multimodal.data.loader import Reader
+from multimodal.encoder import Encoder
+from multimodal.model import Model
+from multimodal.parts import Encoder as EncoderContract
+from multimodal.parts import Report, Source
+from multimodal.step import autocast
+
+Evaluation = Callable[[EncoderContract], Report]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What a configuration describes, ready to be trained or evaluated."""
+
+    readers: dict[str, Reader]
+    model: Model
+    context: torch.autocast
+    """In which the towers run."""
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device that `device` means here."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError([("device", "torch sees no GPU here; device=auto takes what there is")])
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class Problems(list[tuple[str, str]]):
+    """Collects errors of users' making by the dotted path of the part that raised them."""
+
+    @contextmanager
+    def at(self, path: str) -> Iterator[None]:
+        """Note a ValueError or OSError (a missing file), and go on."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.append((path, str(error)))
+
+    def report(self) -> None:
+        """Raise what was collected."""
+        if self:
+            raise ConfigError(list(self))
+
+
+def open_source(config: TrainConfig, problems: Problems) -> Source | None:
+    """The training data."""
+    source = None
+    with problems.at("dataset"):
+        source = config.dataset.build(Path(config.paths.datasets))
+        if len(source) < config.global_batch_size:
+            have, batch = f"{len(source):,} samples", config.global_batch_size
+            raise ValueError(f"has {have}, fewer than one batch of global_batch_size={batch}")
+    return source
+
+
+def open_evaluations(config: TrainConfig, problems: Problems) -> dict[str, Evaluation]:
+    """The evaluations by name, their data opened."""
+    evaluations = {}
+    for name, evaluation in config.evals.items():
+        with problems.at(f"evals.{name}"):
+            evaluations[name] = evaluation.build(Path(config.paths.datasets))
+    return evaluations
+
+
+def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> Assembled:
+    """Readers and model: new ones, which learn their vocabulary from `source`, or as in the `saved` checkpoint.
+
+    Weights are initialised from the seed; loading them is the caller's.
+    """
+    device = device_of(config)
+    problems = Problems()
+
+    def captions() -> Iterator[str]:
+        if source is None:
+            raise ValueError("a vocabulary can only be learnt where the training data is")
+        return chain.from_iterable(source.captions(index) for index in range(len(source)))
+
+    readers, towers = {}, {}
+    torch.manual_seed(config.seed)
+    for name, tower in config.towers.items():
+        with problems.at(f"towers.{name}"):
+            preprocessor = tower.preprocessor(captions, config.augment, saved / name if saved else None)
+            readers[name] = Reader(tower.reads, preprocessor)
+            towers[name] = tower.build(preprocessor, config.model.embed_dim)
+    problems.report()
+    model = Model(towers, config.model).to(device)
+    return Assembled(readers, model, autocast(device, config.precision))
+
+
+def encoder(config: TrainConfig, assembled: Assembled) -> Encoder:
+    """The assembled model as evaluations see it."""
+    return Encoder(assembled.model, assembled.readers, assembled.context, workers=config.workers)

@@ -1,0 +1,153 @@
+"""Save, find and load checkpoints: atomic to write, safe to open (safetensors and JSON, no pickle).
+
+`checkpoints/step-00000500/` holds `model.safetensors`, `optimizer.safetensors`, `state.json`, `config.yaml` and what
+preprocessors have learnt; `checkpoints/best` points to the best of them.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from multimodal.data.loader import Reader
+from multimodal.model import Model
+
+FOLDER, BEST = "checkpoints", "best"
+
+
+class TrainerState(BaseModel):
+    """Where a run stands, apart from its tensors; the position in the data is a function of the step."""
+
+    step: int = 0
+    best: float | None = None
+    """The best value so far of the metric that checkpoints are judged by."""
+    broken: int = 0
+    """Samples replaced so far."""
+    log_bytes: int = 0
+    """Length of metrics.jsonl; what is behind it belongs to steps that will be taken again."""
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of all complete checkpoints, ascending."""
+    matches = (re.fullmatch(r"step-(\d+)", path.name) for path in (run / FOLDER).glob("step-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def find(run: Path, which: str = "last") -> Path:
+    """The folder of the "last" or "best" checkpoint, or that of a step; FileNotFoundError says what there is."""
+    saved = steps(run)
+    if which == "last" and saved:
+        return step_folder(run, saved[-1])
+    if which == BEST and (run / FOLDER / BEST).exists():
+        return (run / FOLDER / BEST).resolve()
+    if which.isdigit() and int(which) in saved:
+        return step_folder(run, int(which))
+    have = ", ".join(map(str, saved)) or "none"
+    raise FileNotFoundError(f"{run} has no checkpoint '{which}'; steps with one: {have}")
+
+
+def save(
+    run: Path,
+    state: TrainerState,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    readers: Mapping[str, Reader],
+    config: str,
+) -> None:
+    """Write the checkpoint of `state.step` under a temporary name, flush it to disk, then rename it."""
+    target = step_folder(run, state.step)
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text(state.model_dump_json(indent=2))
+    (partial / "config.yaml").write_text(config)
+    for name, tensors in (("model", model.state_dict()), ("optimizer", _optimizer_tensors(model, optimizer))):
+        file = partial / f"{name}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        shutil.copymode(partial / "state.json", file)  # safetensors makes it readable by its owner only
+    for tower, reader in readers.items():
+        (partial / tower).mkdir()
+        reader.preprocessor.save(partial / tower)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _flush(target.parent)
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Let `checkpoints/best` point to the checkpoint of a step."""
+    partial = run / FOLDER / f".partial-{BEST}"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(step_folder(run, step).name)
+    partial.replace(run / FOLDER / BEST)
+    _flush(run / FOLDER)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    best = (run / FOLDER / BEST).resolve()
+    for step in steps(run)[:-keep]:
+        if step_folder(run, step).resolve() != best:
+            shutil.rmtree(step_folder(run, step))
+
+
+def load_state(folder: Path) -> TrainerState:
+    """Where the run stood."""
+    return TrainerState.model_validate_json((folder / "state.json").read_text())
+
+
+def load_model(folder: Path, model: Model) -> None:
+    """Fill the model's parameters and buffers; every one of them, and nothing else, must be there."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
+    """Fill the optimizer's state."""
+    names = _parameter_names(model, optimizer)
+    places = {name: place for place, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        name, _, entry = key.rpartition("/")
+        state.setdefault(places[name], {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(model: Model, optimizer: torch.optim.Optimizer) -> list[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = _parameter_names(model, optimizer)
+    state = optimizer.state_dict()["state"]
+    return {f"{names[place]}/{entry}": value for place, entries in state.items() for entry, value in entries.items()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one piece."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,95 @@
+"""What our programs share: Hydra composes, problems are shown without a traceback, rank 0 writes to the terminal."""
+
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from multimodal import distributed
+from multimodal.config import ConfigError
+from multimodal.parts import ENTRY_POINT_GROUP
+
+CONF = Path(__file__).parent.parent / "conf"
+MAX_NAME = 100
+
+
+class PartsSearchPath(SearchPathPlugin):
+    """Puts the `conf/` of packages that announce parts behind the program's own."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            spec = find_spec(point.value.split(":")[0].split(".")[0])
+            for place in (spec.submodule_search_locations or []) if spec else []:
+                search_path.append(point.name, f"file://{place}/conf")
+
+
+def launch(task: Callable[[], Any]) -> None:
+    """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1."""
+    logging.basicConfig(
+        level=logging.INFO if distributed.rank() == 0 else logging.ERROR,
+        format="%(message)s",
+        handlers=[_TerminalHandler()],
+        force=True,
+    )
+    Plugins.instance().register(PartsSearchPath)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
+    try:
+        task()
+    except ConfigError as error:
+        _refuse(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        path = next((line.split(": ", 1)[1] for line in lines if line.startswith("full_key: ")), "composition")
+        told = [line for line in lines if not line.startswith(("full_key: ", "object_type="))]
+        _refuse(str(ConfigError([(path, " ".join(told))])))
+
+
+def _refuse(message: str) -> None:
+    if distributed.rank() == 0:
+        print(message, file=sys.stderr)
+    sys.exit(1)
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """What Hydra composed as plain data, interpolations resolved, missing values still "???"."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("run.", "paths."))]
+        named = any(o.startswith("run.name=") for o in HydraConfig.get().overrides.task)
+        if overrides and not named:
+            OmegaConf.update(composed, "run.name", f"{composed.run.name}-{safe_name(overrides)}")
+    data = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def safe_name(overrides: Sequence[str]) -> str:
+    """Overrides as one file name, "optimizer.lr=0.001-seed=2"; where that is too long it ends in a hash."""
+    name = "-".join(re.sub(r"[^\w.=+-]+", "_", override).strip("_") for override in overrides)
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,0 +1,276 @@
+"""The whole configuration, typed, and every problem in it reported at once.
+
+A field is identity (it changes what is computed: a run can only be resumed with the same value) unless it is marked
+`Operational` (where, how fast and how often watched).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from multimodal.parts import Augment, Dataset, Eval, Loss, Optimizer, Part, Schedule, Section, Tower, Tracker
+from multimodal.units import Cadence, Duration, Warmup
+
+MISSING = "???"
+
+T = TypeVar("T")
+Operational = Annotated[T, "operational"]
+
+
+class ConfigError(ValueError):
+    """The configuration has problems, one line each, by dotted path."""
+
+    def __init__(self, problems: list[tuple[str, str]], where: str = "configuration") -> None:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__("\n".join([f"{count} in the {where}:", *(f"  {path}: {text}" for path, text in problems)]))
+        self.problems = problems
+
+
+class RunSection(Section):
+    """Which run this is."""
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\\s]+$")
+    """The folder below `paths.runs`; the same name continues the same run."""
+    fresh: bool
+    """Start over: what the run's folder holds is deleted first."""
+
+
+class PathsSection(Section):
+    """Where things are on this machine."""
+
+    runs: str = Field(min_length=1)
+    """Folder of all runs."""
+    datasets: str = Field(min_length=1)
+    """Folder that the files of data sets are relative to."""
+
+
+class ModelSection(Section):
+    """What joins the towers."""
+
+    embed_dim: int = Field(gt=0)
+    """Dimensions of the shared space."""
+    logit_scale: float = Field(gt=0)
+    """The multiplier of cosines at the start; 1 / 0.07 in CLIP."""
+    max_logit_scale: float = Field(gt=0)
+    """The multiplier is kept from growing beyond this."""
+    learn_logit_scale: bool
+    """Whether the multiplier is learnt, or stays as it is."""
+    logit_bias: float | None
+    """The bias of the logits at the start, learnt (-10 in SigLIP); null for none."""
+
+
+class CheckpointSection(Section):
+    """When the run is saved, and what is kept."""
+
+    every: Cadence
+    """How often, besides at the end and on a stop signal."""
+    keep: int = Field(gt=0)
+    """How many of the newest are kept, besides the best."""
+    best: str | None
+    """The metric that says which one is best, such as eval/shapes/top1; null keeps none."""
+    mode: Literal["max", "min"]
+    """Whether more or less of it is better."""
+
+
+class LogSection(Section):
+    """What is written down while training."""
+
+    every: Cadence
+    """How often the training metrics are logged; in steps, epochs or samples."""
+
+
+class TrainConfig(Section):
+    """One experiment."""
+
+    run: Operational[RunSection]
+    paths: Operational[PathsSection]
+    seed: int = Field(ge=0)
+    """Of initial weights, data order, augmentation and dropout."""
+    duration: Operational[Duration]
+    """How long to train; the only part of what is computed that may grow when a run is continued."""
+    warmup: Warmup
+    """How long the learning rate rises: a duration, or a share of the run's, such as 5%."""
+    global_batch_size: int = Field(ge=2)
+    """Pairs in a step, over all ranks."""
+    max_grad_norm: float | None = Field(gt=0)
+    """Gradients are scaled down to this norm; null for no limit."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """bf16 runs the towers under autocast; auto takes it where the hardware has it. The loss is in float32 always."""
+    device: Operational[Literal["auto", "cpu", "cuda"]]
+    """auto takes a GPU if there is one."""
+    workers: Operational[int] = Field(ge=0)
+    """Processes that read data, on each rank; 0 reads in the training process."""
+    max_broken: Operational[float] = Field(ge=0, le=1)
+    """The run stops when more than this share of its samples was broken."""
+    model: ModelSection
+    towers: dict[str, Tower] = Field(min_length=2)
+    """By name; the name is also what losses and evaluations know them by."""
+    loss: dict[str, Loss] = Field(min_length=1)
+    """Terms, added up by their weights."""
+    dataset: Dataset
+    """What is trained on."""
+    augment: Augment
+    """Random changes to training images."""
+    optimizer: Optimizer
+    schedule: Schedule
+    evals: Operational[dict[str, Eval]]
+    """By name."""
+    checkpoint: Operational[CheckpointSection]
+    log: Operational[LogSection]
+    tracker: Operational[Tracker]
+    """Mirrors the log."""
+    dry_run: Operational[bool]
+    """Show the configuration, the size of the model and one batch, and train nothing."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's directory."""
+        return Path(self.paths.runs) / self.run.name
+
+
+# --- rules across sections ------------------------------------------------------------------------------------------
+
+Problems = Iterator[tuple[str, str]]
+
+
+def _losses_find_their_towers(config: TrainConfig) -> Problems:
+    provided = {f"{tower}_features" for tower in config.towers}
+    for name, loss in config.loss.items():
+        if missing := sorted(loss.needs() - provided):
+            yield f"loss.{name}", f"needs {', '.join(missing)}; the towers give {', '.join(sorted(provided))}"
+
+
+def _warmup_fits(config: TrainConfig) -> Problems:
+    warmup, duration = config.warmup, config.duration
+    same_unit = (warmup.unit, warmup.multiplier) == (duration.unit, duration.multiplier)
+    if (same_unit and warmup.value > duration.value) or (warmup.unit == "%" and warmup.value > 100):
+        yield "warmup", f"{warmup} is longer than duration={duration}"
+
+
+def _ranks_divide_the_batch(config: TrainConfig) -> Problems:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.global_batch_size % ranks:
+        yield "global_batch_size", f"{config.global_batch_size} is not divisible by the {ranks} ranks"
+
+
+def _best_is_evaluated(config: TrainConfig) -> Problems:
+    best = config.checkpoint.best
+    if best is None:
+        return
+    if len(parts := best.split("/")) != 3 or parts[0] != "eval" or parts[1] not in config.evals:
+        names = ", ".join(f"eval/{name}/..." for name in config.evals) or "none"
+        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation; there are: {names}"
+
+
+def _scale_below_its_limit(config: TrainConfig) -> Problems:
+    if config.model.logit_scale > config.model.max_logit_scale:
+        limit = config.model.max_logit_scale
+        yield "model.logit_scale", f"{config.model.logit_scale} is above max_logit_scale={limit}"
+
+
+def _log_by_steps(config: TrainConfig) -> Problems:
+    if config.log.every.unit in ("minutes", "never"):
+        yield "log.every", f"should be in steps, epochs or samples, got {config.log.every}"
+
+
+RULES: tuple[Callable[[TrainConfig], Problems], ...] = (
+    _losses_find_their_towers,
+    _warmup_fits,
+    _ranks_divide_the_batch,
+    _best_is_evaluated,
+    _scale_below_its_limit,
+    _log_by_steps,
+)
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def check(raw: Mapping[str, Any]) -> TrainConfig:
+    """The typed configuration; ConfigError with all of its problems, rules across sections included."""
+    missing = list(_missing(raw))
+    problems = [(".".join(path), "no value given") for path in missing]
+    try:
+        config = TrainConfig.model_validate(_without(raw, missing))
+    except ValidationError as error:
+        for line in error.errors(include_url=False):
+            path = ".".join(str(key) for key in line["loc"]) or "."
+            if all(path != known for known, _ in problems):
+                problems.append((path, line["msg"]))
+        problems += _broken_rules(_salvage(TrainConfig, raw))
+    else:
+        problems += _broken_rules(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _broken_rules(config: TrainConfig) -> list[tuple[str, str]]:
+    broken = []
+    for rule in RULES:
+        try:
+            broken += list(rule(config))
+        except AttributeError:
+            if config.__pydantic_fields_set__ == set(TrainConfig.model_fields):
+                raise  # the configuration is whole: the rule itself is wrong
+    return broken
+
+
+def _salvage(section: type[Section], raw: object) -> Any:
+    """A section with only those fields that are valid by themselves, so that rules about these can be checked."""
+    valid = {}
+    for name, field in section.model_fields.items():
+        value = raw.get(name, MISSING) if isinstance(raw, Mapping) else MISSING
+        annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        try:
+            valid[name] = TypeAdapter(annotation).validate_python(value, strict=True)
+        except ValidationError:
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, Section) and not issubclass(inner, Part):
+                valid[name] = _salvage(inner, value)
+    salvaged = section.model_construct(_fields_set=set(valid), **valid)
+    for name in set(section.model_fields) - set(valid):
+        salvaged.__dict__.pop(name, None)  # a default would stand for a value that was given and is wrong
+    return salvaged
+
+
+def _missing(raw: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(raw, Mapping):
+        for key, value in raw.items():
+            yield from _missing(value, (*path, str(key)))
+    elif raw == MISSING:
+        yield path
+
+
+def _without(raw: Mapping[str, Any], paths: list[tuple[str, ...]], at: tuple[str, ...] = ()) -> dict[str, Any]:
+    kept = {}
+    for key, value in raw.items():
+        if (*at, key) not in paths:
+            kept[key] = _without(value, paths, (*at, key)) if isinstance(value, Mapping) else value
+    return kept
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str, str]]:
+    """Where a stored configuration and a new one compute different things: (dotted path, "old -> new")."""
+    differences: list[tuple[str, str]] = []
+
+    def compare(path: str, before: object, after: object) -> None:
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            for key in [*before, *(key for key in after if key not in before)]:
+                compare(f"{path}.{key}" if path else str(key), before.get(key), after.get(key))
+        elif before != after:
+            differences.append((path, f"{before} -> {after}"))
+
+    identity = {name for name, field in TrainConfig.model_fields.items() if "operational" not in field.metadata}
+    compare(
+        "",
+        {key: value for key, value in old.items() if key in identity},
+        {key: value for key, value in new.model_dump(mode="json").items() if key in identity},
+    )
+    return differences

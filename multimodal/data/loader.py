@@ -1,0 +1,82 @@
+"""From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
+
+import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from multimodal.batch import Batch
+from multimodal.data.order import Batches, Position
+from multimodal.parts import BadSample, Preprocessor, Source
+
+MAX_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one tower reads a sample."""
+
+    reads: str
+    """The sample's input, "image" or "text"."""
+    preprocessor: Preprocessor
+
+
+@dataclass(frozen=True)
+class _Row:
+    inputs: dict[str, Tensor]
+    index: int
+    replaced: tuple[str, ...]
+
+
+class _Rows(Dataset[_Row]):
+    """The training sample at a position, or, where that is broken, one drawn from (seed, epoch, index)."""
+
+    def __init__(self, source: Source, readers: Mapping[str, Reader], seed: int) -> None:
+        self.source, self.readers, self.seed = source, readers, seed
+
+    def __getitem__(self, position: Position) -> _Row:
+        epoch, index = position
+        rng = Random(f"{self.seed}/{epoch}/{index}")
+        replaced: list[str] = []
+        while len(replaced) < MAX_ATTEMPTS:
+            try:
+                sample = self.source[index]
+                inputs = {
+                    name: reader.preprocessor(sample.inputs[reader.reads], rng) for name, reader in self.readers.items()
+                }
+                return _Row(inputs, index, tuple(replaced))
+            except BadSample as error:
+                replaced.append(str(error))
+                index = rng.randrange(len(self.source))
+        raise BadSample(f"{MAX_ATTEMPTS} samples in a row are broken, the last one {replaced[-1]}")
+
+
+def _collate(rows: list[_Row]) -> Batch:
+    inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
+    replaced = [line for row in rows for line in row.replaced]
+    return Batch(inputs, torch.tensor([row.index for row in rows]), replaced)
+
+
+def quiet_worker(_: int) -> None:
+    """Leave stop signals to the main process, which still wants this worker's batches while it saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_batches(
+    source: Source, readers: Mapping[str, Reader], order: Batches, seed: int, workers: int
+) -> Iterator[Batch]:
+    """The batches of `order`; the same ones whatever the number of workers."""
+    loader: DataLoader[Batch] = DataLoader(
+        _Rows(source, readers, seed),  # type: ignore[arg-type]
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),  # not the global one, whose state belongs to the step
+    )
+    return iter(loader)

@@ -1,0 +1,42 @@
+"""Look before training: the resolved configuration, the size of the model, and a picture of one batch."""
+
+import yaml
+
+from multimodal import distributed
+from multimodal.assemble import Problems, assemble, open_evaluations, open_source
+from multimodal.config import TrainConfig
+from multimodal.data.loader import training_batches
+from multimodal.data.order import Batches
+from multimodal.evals.figures import batch_sheet
+from multimodal.towers.images import ImagePreprocessor
+from multimodal.towers.text_transformer import TextPreprocessor
+
+MAX_PICTURES = 16
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the configuration and parameter counts; draw the first training batch as towers get it."""
+    problems = Problems()
+    source = open_source(config, problems)
+    open_evaluations(config, problems)
+    problems.report()
+    assert source is not None
+    assembled = assemble(config, source, None)
+    order = Batches(len(source), config.seed, config.global_batch_size, 0, 1, start=0, stop=1)
+    batch = next(training_batches(source, assembled.readers, order, config.seed, config.workers))
+    if distributed.rank() != 0:
+        return
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    for name, count in assembled.model.num_parameters().items():
+        print(f"parameters {name}: {count:,}")
+    print(f"samples: {len(source):,}")
+    preprocessors = {name: reader.preprocessor for name, reader in assembled.readers.items()}
+    image = next((name for name, made in preprocessors.items() if isinstance(made, ImagePreprocessor)), None)
+    texts = ((name, made) for name, made in preprocessors.items() if isinstance(made, TextPreprocessor))
+    text, preprocessor = next(texts, (None, None))
+    if image and text and preprocessor:
+        captions = [preprocessor.encoding.decode(ids) for ids in batch.inputs[text][:MAX_PICTURES]]
+        path = config.folder.with_name(f"{config.run.name}-batch.png")  # not in the folder: nothing has run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch_sheet(batch.inputs[image][:MAX_PICTURES], captions).savefig(path, dpi=120)
+        print(f"one batch: {path}")

@@ -1,0 +1,54 @@
+"""The model: towers, projections, scale and bias. Everything that is learnt lives here."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.batch import Features
+from multimodal.config import ModelSection
+from multimodal.parts import TowerModule
+
+
+class Model(nn.Module):
+    """Towers by name, each projected into one shared space of unit vectors."""
+
+    def __init__(self, towers: Mapping[str, TowerModule], section: ModelSection) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(towers)
+        self.projections = nn.ModuleDict({k: tower.projection(section.embed_dim) for k, tower in towers.items()})
+        # As in open_clip, the parameter is the logarithm of the scale.
+        scale = torch.tensor(math.log(section.logit_scale))
+        self.logit_scale = nn.Parameter(scale, requires_grad=section.learn_logit_scale)
+        self.logit_bias = None if section.logit_bias is None else nn.Parameter(torch.tensor(section.logit_bias))
+        self.max_logit_scale, self.embed_dim = section.max_logit_scale, section.embed_dim
+
+    def encode(
+        self,
+        tower: str,
+        inputs: Tensor,  # [n, ...] as the tower's preprocessor makes them
+    ) -> Tensor:  # [n, D] unit norm, at least float32
+        """One modality's features in the shared space."""
+        projected: Tensor = self.projections[tower](self.towers[tower](inputs))
+        return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Features:
+        """Features of a batch, for the towers that it has inputs for."""
+        tensors = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
+        return Features(tensors, self.logit_scale.exp(), self.logit_bias)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the multiplier at most `max_logit_scale`, as CLIP does after every update."""
+        self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    def tower_parameters(self, tower: str) -> list[nn.Parameter]:
+        """The parameters of a tower and its projection."""
+        return [*self.towers[tower].parameters(), *self.projections[tower].parameters()]
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by tower (with its projection), and in all."""
+        counts = {tower: sum(p.numel() for p in self.tower_parameters(tower)) for tower in self.towers}
+        return {**counts, "total": sum(p.numel() for p in self.parameters())}

@@ -1,0 +1,70 @@
+"""A byte-level byte-pair encoding trained on the captions."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from tokenizers import Tokenizer as Vocabulary
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from multimodal import distributed
+from multimodal.parts import Tokenizer
+
+FILE = "tokenizer.json"
+PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
+
+
+class _Encoding:
+    def __init__(self, vocabulary: Vocabulary, context_length: int) -> None:
+        self.vocabulary = vocabulary
+        self.context_length = context_length
+        self.vocab_size = vocabulary.get_vocab_size()
+        self.start, self.end = vocabulary.token_to_id(START), vocabulary.token_to_id(END)
+
+    def __call__(self, text: str) -> Tensor:
+        tokens = self.vocabulary.encode(text).ids[: self.context_length - 2]
+        ids = torch.zeros(self.context_length, dtype=torch.long)  # 0 pads
+        ids[: len(tokens) + 2] = torch.tensor([self.start, *tokens, self.end])
+        return ids
+
+    def decode(self, ids: Tensor) -> str:
+        text: str = self.vocabulary.decode(ids.tolist(), skip_special_tokens=True)
+        return text.strip()
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(self.vocabulary.to_str(pretty=True))
+
+
+def train(captions: Iterable[str], vocab_size: int) -> Vocabulary:
+    """A lower-casing byte-level vocabulary: no text is unknown to it; the end token has the highest id, as in CLIP."""
+    vocabulary = Vocabulary(models.BPE())
+    vocabulary.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    vocabulary.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=[PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    vocabulary.train_from_iterator(captions, trainer)
+    vocabulary.add_special_tokens([START, END])
+    return vocabulary
+
+
+class ByteBPE(Tokenizer):
+    """Byte-pair encoding learnt from the training captions, kept with the checkpoint."""
+
+    vocab_size: int = Field(ge=300)
+    """Most tokens there may be, the 256 bytes and 3 special ones included; fewer if the captions have no more pairs."""
+    max_captions: int = Field(gt=0)
+    """Learn from at most so many captions, the first ones."""
+
+    def build(self, captions: Callable[[], Iterable[str]], context_length: int, saved: Path | None) -> _Encoding:
+        if saved is not None:
+            return _Encoding(Vocabulary.from_file(str(saved / FILE)), context_length)
+        text = distributed.on_first_rank(lambda: train(islice(captions(), self.max_captions), self.vocab_size).to_str())
+        return _Encoding(Vocabulary.from_str(text), context_length)

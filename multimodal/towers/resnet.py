@@ -1,0 +1,43 @@
+"""The residual network of CLIP, as open_clip builds it."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, Strict, model_validator
+from torch import nn
+
+from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+
+
+class _SelfProjecting(ImageEncoder):
+    """Attention pooling ends in a projection of its own."""
+
+    def projection(self, embed_dim: int) -> nn.Module:
+        return nn.Identity()
+
+
+class ResNet(ImageTower):
+    """ModifiedResNet of CLIP: three stem convolutions, anti-aliased strides, attention pooling.
+
+    Has batch norm: not for several ranks, whose statistics would differ from those of the global batch.
+    """
+
+    layers: Annotated[tuple[int, int, int, int], Strict(False)]
+    """Bottleneck blocks in each of the four stages."""
+    width: int = Field(gt=0)
+    """Channels after the stem; the last stage has 32 times as many."""
+    heads: int = Field(gt=0)
+    """Heads of the attention pooling; divides 32 times the width."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.image_size % 32:
+            raise ValueError(f"image_size {self.image_size} is not divisible by 32, the stride of the network")
+        if self.width * 32 % self.heads:
+            raise ValueError(f"32 times width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ImageEncoder:
+        from open_clip.modified_resnet import ModifiedResNet
+
+        net = ModifiedResNet(list(self.layers), embed_dim, self.heads, self.image_size, self.width)
+        return _SelfProjecting(net, embed_dim, self.mean, self.std)

@@ -1,0 +1,159 @@
+"""A run's log: metrics.jsonl and summary.json are the source of truth; W&B mirrors them."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
+
+from multimodal.checkpoint import write_json
+from multimodal.parts import Mirror, RunInfo, Tracker
+
+logger = logging.getLogger(__name__)
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+
+Row = dict[str, float]
+
+
+class RunLog:
+    """Appends rows to metrics.jsonl and passes them on to the mirror; a mirror that fails is left, the run goes on."""
+
+    def __init__(self, folder: Path, log_bytes: int) -> None:
+        self.folder = folder
+        self.file = (folder / METRICS).open("ab")
+        self.file.truncate(log_bytes)
+        self.mirror: Mirror | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far."""
+        return [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+
+    def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """One row: the step, the samples seen by then, and flat metric keys."""
+        row = {"step": step, "samples": samples, **values}
+        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.flush()
+        self._pass_on(lambda mirror: mirror.log(step, row))
+
+    def figure(self, step: int, name: str, path: Path) -> None:
+        """Show a figure that is in the run's folder."""
+        self._pass_on(lambda mirror: mirror.figure(step, name, path))
+
+    def flush(self) -> int:
+        """Bring all rows to the disk; the length of the file."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def summarise(self, facts: Mapping[str, Any], best: str | None, mode: str) -> dict[str, Any]:
+        """Write summary.json: `facts`, the last value of every metric, and the row of the best."""
+        rows = self.rows
+        summary = dict(facts)
+        for row in rows:
+            summary.update(row)
+        candidates = [row for row in rows if best in row]
+        if best is not None and candidates:
+            top = (max if mode == "max" else min)(candidates, key=lambda row: row[best])
+            summary |= {f"best/{best}": top[best], "best/step": top["step"]}
+        write_json(self.folder / SUMMARY, summary)
+        return summary
+
+    def close(self, exit_code: int) -> None:
+        """Finish the file and the mirror."""
+        self.file.close()
+        self._pass_on(lambda mirror: mirror.finish(exit_code))
+
+    def _pass_on(self, call: Any) -> None:
+        if self.mirror is None:
+            return
+        try:
+            call(self.mirror)
+        except Exception:
+            logger.warning("the tracker failed and is left out from here on; %s goes on", METRICS, exc_info=True)
+            self.mirror = None
+
+
+class NoTracker(Tracker):
+    """No mirror: the run's own files are all there is."""
+
+    def start(self, run: RunInfo) -> Mirror:
+        return _Nowhere()
+
+
+class _Nowhere:
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def figure(self, step: int, name: str, path: Path) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
+class Wandb(Tracker):
+    """Weights & Biases: online when there is a login or a key, else offline, to be synchronised later."""
+
+    project: str = Field(min_length=1)
+    entity: str | None
+    """Team or user; null for the login's own."""
+    group: str | None
+    """What runs are listed under together, such as a sweep."""
+    tags: Annotated[tuple[str, ...], Strict(False)]
+    notes: str | None
+    mode: Literal["auto", "online", "offline"]
+    """auto is online when logged in (never asks), else offline; the environment variable WANDB_MODE goes before it."""
+
+    def start(self, run: RunInfo) -> Mirror:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or self.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        settings: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "group": self.group,
+            "tags": self.tags,
+            "notes": self.notes,
+            "name": run.name,
+            "id": run.id,
+            "dir": run.folder,
+            "config": run.config,
+            "resume": "allow",
+            "reinit": "finish_previous",  # a second run in this process (multirun) is a second W&B run
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
+        }
+        try:
+            mirror = wandb.init(mode=mode, **settings)
+        except wandb.Error as error:
+            if mode == "offline":
+                raise
+            logger.warning("W&B cannot be reached (%s): logging offline", error)
+            mode, mirror = "offline", wandb.init(mode="offline", **settings)
+        mirror.define_metric("samples")
+        mirror.define_metric("eval/*", step_metric="samples")
+        if mode == "offline":
+            logger.info("W&B is offline; to upload this run: wandb sync %s", Path(mirror.dir).parent)
+            for row in run.history:  # an offline run cannot be continued: each start writes it whole
+                mirror.log(row, step=int(row["step"]))
+        return _WandbMirror(mirror)
+
+
+class _WandbMirror:
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({key: value for key, value in values.items() if math.isfinite(value)}, step=step)
+
+    def figure(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))}, step=step)
+
+    def finish(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)

@@ -1,0 +1,25 @@
+"""Train an experiment: `train.py experiment=NAME key=value ...`; the same command again continues a run."""
+
+import hydra
+from omegaconf import DictConfig
+
+from multimodal.cli import launch, plain
+from multimodal.config import check
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(composed: DictConfig) -> float | None:
+    """Compose, validate, train; the best value of the metric that checkpoints are judged by, for sweeps."""
+    config = check(plain(composed))
+
+    from multimodal.dry_run import dry_run
+    from multimodal.trainer import Trainer
+
+    if config.dry_run:
+        dry_run(config)
+        return None
+    return Trainer(config).run().get(f"best/{config.checkpoint.best}")
+
+
+if __name__ == "__main__":
+    launch(main)
