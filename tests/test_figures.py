@@ -11,7 +11,7 @@ from multimodal.evals import figures
 
 pytestmark = pytest.mark.filterwarnings("error")  # no complaint of the drawing library
 
-HOSTILE = ["a $5 bill", "$_{", "$x$ \\frac", "100% {sure} <b>", "word " * 60, ""]
+HOSTILE = ["from $_{5 to $6", "$_{", "$x$ \\frac", "100% {sure} <b>", "word " * 60, ""]
 
 
 def draw(figure):

@@ -133,11 +133,12 @@ def test_the_order_shown_for_a_query_agrees_with_its_rank():
             assert nearest(scores, own, rank, 4) == order[:4]
 
 
-def test_queries_for_the_picture_are_half_found_and_half_missed():
+def test_queries_for_the_picture_are_half_found_and_half_missed_if_there_are_enough():
     ranks = torch.tensor([1, 4, 1, 1, 9, 1, 2, 1, 30, 1])
     assert pick_queries(ranks, 6) == [0, 3, 7, 1, 4, 6]
     assert pick_queries(torch.ones(2), 6) == [0, 1]
-    assert pick_queries(torch.full((50,), 7), 6) == [0, 16, 33]
+    assert pick_queries(torch.full((60,), 7), 6) == [0, 10, 20, 30, 40, 50]
+    assert pick_queries(torch.tensor([1, 1, 8, 1, 1]), 4) == [0, 1, 3, 2]
 
 
 # --- the evaluation -------------------------------------------------------------------------------------------------

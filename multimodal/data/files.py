@@ -125,6 +125,9 @@ class LabelledSource(Source):
     def captions(self, index: int) -> tuple[str, ...]:
         return self.texts[int(self.labels[index])]
 
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
     @abstractmethod
     def key(self, index: int) -> str:
         """Where the sample comes from, for messages."""

@@ -250,12 +250,14 @@ class ShapesSource(Source):
         scene = self._scene(index, rng)
         text = write_captions(scene, self.knobs.num_captions, rng)
         image = draw(scene, self.knobs.image_size, rng)
-        label = index % len(self.kinds) if self.labelled else None
-        return Sample(f"shapes/{self.knobs.split}/{index}", {"image": image, "text": text}, label)
+        return Sample(f"shapes/{self.knobs.split}/{index}", {"image": image, "text": text}, self.label(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         rng = self._rng(index)
         return write_captions(self._scene(index, rng), self.knobs.num_captions, rng)
+
+    def label(self, index: int) -> int | None:
+        return index % len(self.kinds) if self.labelled else None
 
     def scene(self, index: int) -> Scene:
         """What the image shows and the captions say."""

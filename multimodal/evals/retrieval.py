@@ -33,7 +33,7 @@ def best_ranks(
     So ties count against the model, and NaN too: one that gives all items the same score, or none, comes last. Other
     right items do not stand in the way. A query without a right item comes after all.
     """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    best = torch.where(right, scores, -torch.inf).amax(dim=1, keepdim=True)
     return 1 + (~(scores < best) & ~right).sum(dim=1)
 
 
@@ -84,9 +84,10 @@ def pick_queries(
     ranks: Tensor,  # int64 [m], from 1
     count: int = QUERIES_SHOWN,
 ) -> list[int]:
-    """At most `count` queries for a picture, spread over the data: half of them answered at rank 1, half not."""
-    halves = [(ranks == 1).nonzero().flatten(), (ranks > 1).nonzero().flatten()]
-    return [place for half in halves for place in _spread(half.tolist(), count // 2)]
+    """At most `count` queries for a picture, spread over the data: half answered at rank 1, half not, if possible."""
+    hits, misses = (ranks == 1).nonzero().flatten().tolist(), (ranks > 1).nonzero().flatten().tolist()
+    missed = _spread(misses, max(count // 2, count - len(hits)))
+    return _spread(hits, count - len(missed)) + missed
 
 
 def _spread(items: list[int], count: int) -> list[int]:

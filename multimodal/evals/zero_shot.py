@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field, Strict
+from pydantic import Strict
 from torch import Tensor
 
+from multimodal.data.files import Templates
 from multimodal.evals import figures
 from multimodal.parts import Dataset, Encoder, Eval, Report, Source
 from multimodal.units import Cadence
@@ -87,12 +88,6 @@ class Images(Sequence[Any]):
         return self.source[self.places[index]].inputs["image"]
 
 
-def _one_slot(template: str) -> str:
-    if template.count("{}") != 1:
-        raise ValueError(f"a template should hold {{}} once, where the class name goes, got '{template}'")
-    return template
-
-
 def _labels(source: Source, class_names: Sequence[str]) -> Tensor:
     """Every sample's label; ValueError unless all have one and names tell the classes apart."""
     if not class_names:
@@ -124,7 +119,7 @@ class ZeroShot(Eval):
     every: Cadence
     dataset: Dataset
     """Images with labels."""
-    templates: Annotated[tuple[Annotated[str, AfterValidator(_one_slot)], ...], Strict(False), Field(min_length=1)]
+    templates: Templates
     """Prompts with one {} for the class name, averaged; none that training captions were made with, to be fair."""
     class_names: Annotated[tuple[str, ...], Strict(False)] | None
     """By label, instead of the dataset's own; null for those."""
