@@ -4,13 +4,13 @@ import hydra
 from omegaconf import DictConfig
 
 from multimodal.cli import launch, plain
-from multimodal.config import check
+from multimodal.config import TrainConfig, check
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(composed: DictConfig) -> float | None:
     """Compose, validate, train; the best value of the metric that checkpoints are judged by, for sweeps."""
-    config = check(plain(composed))
+    config = check(plain(composed), TrainConfig)
 
     from multimodal.dry_run import dry_run
     from multimodal.trainer import Trainer

@@ -1,20 +1,23 @@
 """From a configuration to what it describes: source, readers, model, evaluations; all that is wrong is said at once."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
-from multimodal.config import ConfigError, TrainConfig
+from multimodal import checkpoint
+from multimodal.config import ConfigError, TrainConfig, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Report, Source
+from multimodal.parts import Eval, Report, Source
 from multimodal.step import autocast
 
 Evaluation = Callable[[EncoderContract], Report]
@@ -68,13 +71,22 @@ def open_source(config: TrainConfig, problems: Problems) -> Source | None:
     return source
 
 
-def open_evaluations(config: TrainConfig, problems: Problems) -> dict[str, Evaluation]:
+def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problems) -> dict[str, Evaluation]:
     """The evaluations by name, their data opened."""
     evaluations = {}
-    for name, evaluation in config.evals.items():
+    for name, evaluation in evals.items():
         with problems.at(f"evals.{name}"):
-            evaluations[name] = evaluation.build(Path(config.paths.datasets))
+            evaluations[name] = evaluation.build(Path(datasets))
     return evaluations
+
+
+def draw(name: str, report: Report, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Write the figures of an evaluation into a folder: (figure, path)."""
+    folder.mkdir(exist_ok=True)
+    for figure, make in report.figures.items():
+        path = folder / f"{name}_{figure}.png"
+        make().savefig(path, dpi=120)
+        yield figure, path
 
 
 def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> Assembled:
@@ -100,6 +112,15 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
     problems.report()
     model = Model(towers, config.model).to(device)
     return Assembled(readers, model, autocast(device, config.precision))
+
+
+def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:
+    """The configuration and the model of a checkpoint's folder; `changes` replace operational settings."""
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    config = check({**raw, **changes}, TrainConfig)
+    assembled = assemble(config, None, folder)
+    checkpoint.load_model(folder, assembled.model)
+    return config, assembled
 
 
 def encoder(config: TrainConfig, assembled: Assembled) -> Encoder:

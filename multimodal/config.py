@@ -7,7 +7,7 @@ A field is identity (it changes what is computed: a run can only be resumed with
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -82,8 +82,76 @@ class LogSection(Section):
     """How often the training metrics are logged; in steps, epochs or samples."""
 
 
-class TrainConfig(Section):
+class Config(Section):
+    """The whole of what a program is told."""
+
+    rules: ClassVar[tuple[Callable[[Any], "Problems"], ...]] = ()
+    """What must hold between fields: each yields (dotted path, what is wrong)."""
+
+
+C = TypeVar("C", bound=Config)
+
+# --- rules across sections ------------------------------------------------------------------------------------------
+
+Problems = Iterator[tuple[str, str]]
+
+
+def _losses_find_their_towers(config: "TrainConfig") -> Problems:
+    provided = {f"{tower}_features" for tower in config.towers}
+    for name, loss in config.loss.items():
+        if missing := sorted(loss.needs() - provided):
+            yield f"loss.{name}", f"needs {', '.join(missing)}; the towers give {', '.join(sorted(provided))}"
+
+
+def _warmup_fits(config: "TrainConfig") -> Problems:
+    warmup, duration = config.warmup, config.duration
+    same_unit = (warmup.unit, warmup.multiplier) == (duration.unit, duration.multiplier)
+    if (same_unit and warmup.value > duration.value) or (warmup.unit == "%" and warmup.value > 100):
+        yield "warmup", f"{warmup} is longer than duration={duration}"
+
+
+def _ranks_divide_the_batch(config: "TrainConfig") -> Problems:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.global_batch_size % ranks:
+        yield "global_batch_size", f"{config.global_batch_size} is not divisible by the {ranks} ranks"
+
+
+def _best_is_evaluated(config: "TrainConfig") -> Problems:
+    best = config.checkpoint.best
+    if best is None:
+        return
+    if len(parts := best.split("/")) != 3 or parts[0] != "eval" or parts[1] not in config.evals:
+        names = ", ".join(f"eval/{name}/..." for name in config.evals) or "none"
+        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation; there are: {names}"
+
+
+def _scale_below_its_limit(config: "TrainConfig") -> Problems:
+    if config.model.logit_scale > config.model.max_logit_scale:
+        limit = config.model.max_logit_scale
+        yield "model.logit_scale", f"{config.model.logit_scale} is above max_logit_scale={limit}"
+
+
+def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Problems:
+    cadences = {"log.every": config.log.every, **{f"evals.{k}.every": part.every for k, part in config.evals.items()}}
+    for path, cadence in cadences.items():
+        if cadence.unit == "minutes":
+            yield path, f"should be in steps, epochs or samples, got {cadence}"
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+class TrainConfig(Config):
     """One experiment."""
+
+    rules = (
+        _losses_find_their_towers,
+        _warmup_fits,
+        _ranks_divide_the_batch,
+        _best_is_evaluated,
+        _scale_below_its_limit,
+        _only_checkpoints_by_the_clock,
+    )
 
     run: Operational[RunSection]
     paths: Operational[PathsSection]
@@ -131,91 +199,37 @@ class TrainConfig(Section):
         return Path(self.paths.runs) / self.run.name
 
 
-# --- rules across sections ------------------------------------------------------------------------------------------
-
-Problems = Iterator[tuple[str, str]]
-
-
-def _losses_find_their_towers(config: TrainConfig) -> Problems:
-    provided = {f"{tower}_features" for tower in config.towers}
-    for name, loss in config.loss.items():
-        if missing := sorted(loss.needs() - provided):
-            yield f"loss.{name}", f"needs {', '.join(missing)}; the towers give {', '.join(sorted(provided))}"
-
-
-def _warmup_fits(config: TrainConfig) -> Problems:
-    warmup, duration = config.warmup, config.duration
-    same_unit = (warmup.unit, warmup.multiplier) == (duration.unit, duration.multiplier)
-    if (same_unit and warmup.value > duration.value) or (warmup.unit == "%" and warmup.value > 100):
-        yield "warmup", f"{warmup} is longer than duration={duration}"
-
-
-def _ranks_divide_the_batch(config: TrainConfig) -> Problems:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.global_batch_size % ranks:
-        yield "global_batch_size", f"{config.global_batch_size} is not divisible by the {ranks} ranks"
-
-
-def _best_is_evaluated(config: TrainConfig) -> Problems:
-    best = config.checkpoint.best
-    if best is None:
-        return
-    if len(parts := best.split("/")) != 3 or parts[0] != "eval" or parts[1] not in config.evals:
-        names = ", ".join(f"eval/{name}/..." for name in config.evals) or "none"
-        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation; there are: {names}"
-
-
-def _scale_below_its_limit(config: TrainConfig) -> Problems:
-    if config.model.logit_scale > config.model.max_logit_scale:
-        limit = config.model.max_logit_scale
-        yield "model.logit_scale", f"{config.model.logit_scale} is above max_logit_scale={limit}"
-
-
-def _log_by_steps(config: TrainConfig) -> Problems:
-    if config.log.every.unit in ("minutes", "never"):
-        yield "log.every", f"should be in steps, epochs or samples, got {config.log.every}"
-
-
-RULES: tuple[Callable[[TrainConfig], Problems], ...] = (
-    _losses_find_their_towers,
-    _warmup_fits,
-    _ranks_divide_the_batch,
-    _best_is_evaluated,
-    _scale_below_its_limit,
-    _log_by_steps,
-)
-
-
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
-def check(raw: Mapping[str, Any]) -> TrainConfig:
+def check(raw: Mapping[str, Any], kind: type[C]) -> C:
     """The typed configuration; ConfigError with all of its problems, rules across sections included."""
     missing = list(_missing(raw))
     problems = [(".".join(path), "no value given") for path in missing]
     try:
-        config = TrainConfig.model_validate(_without(raw, missing))
+        config = kind.model_validate(_without(raw, missing))
     except ValidationError as error:
         for line in error.errors(include_url=False):
             path = ".".join(str(key) for key in line["loc"]) or "."
             if all(path != known for known, _ in problems):
                 problems.append((path, line["msg"]))
-        problems += _broken_rules(_salvage(TrainConfig, raw))
+        problems += _broken_rules(_salvage(kind, raw), whole=False)
     else:
-        problems += _broken_rules(config)
+        problems += _broken_rules(config, whole=True)
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def _broken_rules(config: TrainConfig) -> list[tuple[str, str]]:
-    broken = []
-    for rule in RULES:
+def _broken_rules(config: Config, whole: bool) -> list[tuple[str, str]]:
+    broken: list[tuple[str, str]] = []
+    for rule in config.rules:
         try:
             broken += list(rule(config))
         except AttributeError:
-            if config.__pydantic_fields_set__ == set(TrainConfig.model_fields):
-                raise  # the configuration is whole: the rule itself is wrong
+            if whole:
+                raise
+            continue  # the rule is about a value that is wrong itself
     return broken
 
 

@@ -18,7 +18,7 @@ def dry_run(config: TrainConfig) -> None:
     """Print the configuration and parameter counts; draw the first training batch as towers get it."""
     problems = Problems()
     source = open_source(config, problems)
-    open_evaluations(config, problems)
+    open_evaluations(config.evals, config.paths.datasets, problems)
     problems.report()
     assert source is not None
     assembled = assemble(config, source, None)

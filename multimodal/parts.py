@@ -84,6 +84,11 @@ class Part(Section, ABC):
             return core_schema.no_info_plain_validator_function(lambda value: resolve(value, cls))
         return handler(source)
 
+    @classmethod
+    def contract(cls) -> "type[Part]":
+        """Which of the contracts on this page the part fills."""
+        return next(base for base in cls.__mro__ if base.__module__ == __name__)
+
     @model_serializer(mode="wrap")
     def _name_target(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **handler(self)}
@@ -121,8 +126,8 @@ def find_part(target: str, contract: type[Part]) -> type[Part]:
     if found is None:
         raise ValueError(f"'{module_name}' has no part '{name}'.{did_you_mean(name, parts)}")
     if not issubclass(found, contract) or inspect.isabstract(found):
-        kind = next((c.__name__ for c in found.__mro__[1:] if inspect.isabstract(c)), "contract")
-        raise ValueError(f"'{name}' is the wrong kind of part: a {contract.__name__} is wanted here, this is a {kind}")
+        is_a = f"a {contract.__name__} is wanted here, this is a {found.contract().__name__}"
+        raise ValueError(f"'{name}' is the wrong kind of part: {is_a}")
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multimodal import checkpoint, distributed, provenance
-from multimodal.assemble import Problems, assemble, device_of, encoder, open_evaluations, open_source
+from multimodal.assemble import Problems, assemble, device_of, draw, encoder, open_evaluations, open_source
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
 from multimodal.config import ConfigError, TrainConfig, changed_identity
@@ -69,7 +69,7 @@ class Trainer:
 
         problems = Problems()
         source = open_source(config, problems)
-        self.evaluations = open_evaluations(config, problems)
+        self.evaluations = open_evaluations(config.evals, config.paths.datasets, problems)
         problems.report()
         assert source is not None
         self.assembled = assemble(config, source, last)
@@ -295,11 +295,7 @@ class Trainer:
     def _draw(self, name: str, report: Report) -> None:
         if self.log is None:
             return
-        folder = self.folder / "figures"
-        folder.mkdir(exist_ok=True)
-        for figure, draw in report.figures.items():
-            path = folder / f"{name}_{figure}.png"
-            draw().savefig(path, dpi=120)
+        for figure, path in draw(name, report, self.folder / "figures"):
             self.log.figure(self.state.step, f"eval/{name}/{figure}", path)
 
     def _save(self, best: bool) -> None:

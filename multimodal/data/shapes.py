@@ -78,8 +78,8 @@ SHAPES: dict[str, tuple[tuple[complex, ...], float]] = {
 """Outlines in the square from -1-1j to 1+1j (y down), and by how many degrees each may turn and stay what it is."""
 
 EXTENTS = {
-    1: {"small": (0.28, 0.36), "large": (0.46, 0.60)},
-    2: {"small": (0.27, 0.33), "large": (0.40, 0.46)},
+    1: {"small": (0.34, 0.42), "large": (0.50, 0.62)},
+    2: {"small": (0.30, 0.35), "large": (0.42, 0.47)},
 }
 """Shares of the image's side, by the number of objects in the scene."""
 
@@ -214,7 +214,7 @@ class Shapes(Dataset):
 
     split: Literal["train", "unseen"] = "train"
     """`train`: one or two objects, no labels; `unseen`: one object, of a combination held out of training; labelled."""
-    size: int = Field(default=20_000, gt=0)
+    size: int = Field(default=100_000, gt=0)
     """Number of samples."""
     image_size: int = Field(default=64, ge=32, le=512)
     """Side of the square image in pixels; textures need at least 32."""
@@ -222,7 +222,7 @@ class Shapes(Dataset):
     """Another seed gives other scenes; the combinations held out stay the same."""
     held_out: float = Field(default=0.25, ge=0.05, le=0.5)
     """Share of the combinations of colour, texture and shape that training never shows."""
-    two_objects: float = Field(default=0.5, ge=0, le=1)
+    two_objects: float = Field(default=0.3, ge=0, le=1)
     """Share of training scenes with two objects."""
     num_captions: int = Field(default=3, ge=1, le=8)
     """Captions of a sample, each from another template."""

@@ -1,0 +1,54 @@
+"""List every part with its knobs: `scripts/parts.py [WORD]` shows those whose name or kind contains the word."""
+
+import argparse
+import importlib
+import inspect
+import pkgutil
+from collections import defaultdict
+from collections.abc import Iterator
+
+from multimodal.parts import Part, Section, allowed_packages
+
+
+def modules() -> Iterator[str]:
+    """Every module that parts may come from."""
+    for package in sorted(allowed_packages()):
+        root = importlib.import_module(package)
+        yield from (found.name for found in pkgutil.walk_packages(root.__path__, f"{package}."))
+
+
+def parts_by_kind() -> dict[str, list[type[Part]]]:
+    """All parts under the name of the contract that they fill."""
+    kinds = defaultdict(list)
+    for name in modules():
+        for value in vars(importlib.import_module(name)).values():
+            is_part = inspect.isclass(value) and issubclass(value, Part) and not inspect.isabstract(value)
+            if is_part and value.__module__ == name:
+                kinds[value.contract().__name__].append(value)
+    return dict(sorted(kinds.items()))
+
+
+def knobs(section: type[Section]) -> Iterator[str]:
+    """One line for each field: name, type, bounds, default and meaning."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation.__name__ if inspect.isclass(field.annotation) else str(field.annotation)
+        bounds = [str(item) for item in field.metadata if not inspect.isroutine(item) and str(item)[0].isupper()]
+        default = [] if field.is_required() else [f"default {field.default!r}"]
+        facts = ", ".join([kind.replace("typing.", ""), *bounds, *default])
+        yield f"    {name} ({facts}): {field.description or ''}"
+
+
+def main() -> None:
+    """Print what there is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("word", nargs="?", default="", help="only parts whose name or kind contains it")
+    word = parser.parse_args().word.lower()
+    for kind, parts in parts_by_kind().items():
+        shown = [part for part in parts if word in f"{kind} {part.__module__}.{part.__name__}".lower()]
+        for part in shown:
+            print(f"{kind} {part.__module__}.{part.__qualname__}\n    {inspect.getdoc(part)}".replace("\n", "\n    "))
+            print(*knobs(part), "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
