@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, Strict, model_validator
 from torch import nn
 
+from multimodal.towers.batch_norm import normalise_globally
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
 
 
@@ -18,7 +19,7 @@ class _SelfProjecting(ImageEncoder):
 class ResNet(ImageTower):
     """ModifiedResNet of CLIP: three stem convolutions, anti-aliased strides, attention pooling.
 
-    Has batch norm: not for several ranks, whose statistics would differ from those of the global batch.
+    Its batch norm takes the statistics of the global batch, over all ranks.
     """
 
     layers: Annotated[tuple[int, int, int, int], Strict(False)]
@@ -40,4 +41,5 @@ class ResNet(ImageTower):
         from open_clip.modified_resnet import ModifiedResNet
 
         net = ModifiedResNet(list(self.layers), embed_dim, self.heads, self.image_size, self.width)
+        normalise_globally(net)
         return _SelfProjecting(net, embed_dim, self.mean, self.std)

@@ -1,0 +1,17 @@
+.PHONY: check test slow format pins
+
+check: ## all that CI runs
+	bash .ci/run
+
+test: ## the fast suite
+	uv run pytest
+
+slow: ## real processes, kills, several ranks
+	uv run pytest -m slow
+
+format: ## put the code in order
+	uv run ruff check --fix .
+	uv run ruff format .
+
+pins: ## the newest versions that pyproject.toml allows
+	uv run --no-project scripts/pin.py

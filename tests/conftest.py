@@ -1,0 +1,84 @@
+"""What tests share: composing a configuration as `train.py` does, and one so small that it trains in a second."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from multimodal.cli import CONF, plain
+from multimodal.config import TrainConfig, check
+
+Compose = Callable[..., dict[str, Any]]
+TinyConfig = Callable[..., TrainConfig]
+
+TINY = (
+    "run.name=tiny",
+    "towers.image.image_size=32",
+    "towers.image.patch_size=16",
+    "towers.image.width=32",
+    "towers.image.layers=1",
+    "towers.image.heads=1",
+    "towers.text.width=32",
+    "towers.text.layers=1",
+    "towers.text.heads=1",
+    "towers.text.tokenizer.vocab_size=300",
+    "model.embed_dim=16",
+    "global_batch_size=16",
+    "duration=8steps",
+    "log.every=1steps",
+    "dataset.size=64",
+    "dataset.image_size=32",
+    "tracker=none",
+    "evals=[]",
+    "checkpoint.best=null",
+    "checkpoint.every=never",
+    "workers=0",
+    "device=cpu",
+    "precision=fp32",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums are in the same order everywhere, and small tensors gain nothing from more."""
+    torch.set_num_threads(1)
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(hydra_compose("train", list(overrides)))
+
+
+@pytest.fixture(scope="session")
+def compose() -> Compose:
+    """The raw configuration of `train.py` with these overrides; `run.name` is "test" unless given."""
+    return lambda *overrides: composed("run.name=test", *overrides)
+
+
+@pytest.fixture(scope="session")
+def _tiny_raw() -> dict[str, Any]:
+    return composed(*TINY)
+
+
+@pytest.fixture
+def tiny_raw(_tiny_raw: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A valid configuration of very small towers on 64 samples, in a temporary folder, to be damaged at will."""
+    raw = copy.deepcopy(_tiny_raw)
+    raw["paths"]["runs"] = str(tmp_path / "runs")
+    return raw
+
+
+@pytest.fixture
+def tiny_config(tiny_raw: dict[str, Any], tmp_path: Path) -> TinyConfig:
+    """The same, checked; with overrides it is composed anew."""
+
+    def make(*overrides: str) -> TrainConfig:
+        raw = composed(*TINY, f"paths.runs={tmp_path / 'runs'}", *overrides) if overrides else tiny_raw
+        return check(raw, TrainConfig)
+
+    return make

@@ -1,0 +1,127 @@
+"""The laws of reading: the same batches however they are read, and full ones whatever is broken."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from multimodal.batch import Batch, Sample
+from multimodal.data.loader import MAX_ATTEMPTS, Reader, training_batches
+from multimodal.data.order import Batches
+from multimodal.parts import BadSample, Source
+
+SAMPLES, BATCH = 20, 6
+
+
+class Numbers(Source):
+    """Sample i holds i; some are broken."""
+
+    def __init__(self, broken: Iterable[int] = ()) -> None:
+        self.broken = frozenset(broken)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.broken:
+            raise BadSample(f"number/{index}: broken")
+        return Sample(f"number/{index}", {"number": index, "negative": -index})
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ()
+
+
+class Noisy:
+    """The number and a random one."""
+
+    def __call__(self, value: int, rng: Random | None) -> Tensor:
+        assert rng is not None
+        return torch.tensor([value, rng.randrange(10**6)])
+
+    def save(self, folder: Path) -> None: ...
+
+
+READERS = {"one": Reader("number", Noisy()), "other": Reader("negative", Noisy())}
+
+
+def read(source: Source, workers: int = 0, start: int = 0, stop: int = 9, seed: int = 1) -> list[Batch]:
+    return list(training_batches(source, READERS, Batches(SAMPLES, seed, BATCH, 0, 1, start, stop), seed, workers))
+
+
+def assert_same(ours: list[Batch], others: list[Batch]) -> None:
+    assert len(ours) == len(others)
+    for a, b in zip(ours, others, strict=True):
+        assert torch.equal(a.indices, b.indices)
+        assert a.replaced == b.replaced
+        assert a.inputs.keys() == b.inputs.keys()
+        assert all(torch.equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
+
+
+def test_the_batches_are_the_same_whatever_the_number_of_workers() -> None:
+    source = Numbers(broken=[3, 11])
+    assert_same(read(source, workers=0), read(source, workers=2))
+
+
+def test_a_run_that_starts_later_reads_what_the_whole_run_reads_from_there() -> None:
+    source = Numbers(broken=[3, 11])
+    assert_same(read(source)[4:], read(source, start=4))
+
+
+def test_reading_leaves_the_random_state_of_the_step_alone() -> None:
+    before = torch.get_rng_state()
+    read(Numbers())
+    read(Numbers(), workers=1, stop=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_tower_reads_its_own_input_of_the_same_sample() -> None:
+    for batch in read(Numbers()):
+        assert torch.equal(batch.inputs["one"][:, 0], batch.indices)
+        assert torch.equal(batch.inputs["other"][:, 0], -batch.indices)
+
+
+def test_random_variations_of_a_sample_differ_between_epochs_and_seeds() -> None:
+    drawn = {
+        (seed, step, int(index)): int(noise)
+        for seed in (1, 2)
+        for step, batch in enumerate(read(Numbers(), seed=seed))
+        for index, noise in zip(batch.indices, batch.inputs["one"][:, 1], strict=True)
+    }
+    assert len(set(drawn.values())) > 0.99 * len(drawn)
+
+
+def test_a_broken_sample_is_replaced_by_a_good_one_named_and_the_batch_stays_full() -> None:
+    broken = {3, 11, 12}
+    whole, mended = read(Numbers()), read(Numbers(broken))
+    for batch, other in zip(whole, mended, strict=True):
+        hit = [int(i) for i in batch.indices if int(i) in broken]
+        assert len(other.indices) == BATCH
+        assert not broken & set(other.indices.tolist())
+        assert torch.equal(other.inputs["one"][:, 0], other.indices)
+        named = {line for line in other.replaced}
+        assert {f"number/{index}: broken" for index in hit} <= named
+        good = torch.tensor([int(i) not in broken for i in batch.indices])
+        assert torch.equal(batch.inputs["one"][good], other.inputs["one"][good])
+    assert sum(len(batch.replaced) for batch in mended) >= 3
+
+
+def test_broken_samples_are_replaced_alike_each_time() -> None:
+    source = Numbers(broken=range(15))
+    assert_same(read(source), read(source))
+
+
+def test_nothing_but_broken_samples_ends_the_run_and_names_one() -> None:
+    with pytest.raises(BadSample, match=rf"{MAX_ATTEMPTS} samples in a row are broken, the last one number/\d+"):
+        read(Numbers(broken=range(SAMPLES)))
+
+
+def test_an_error_that_is_no_bad_sample_is_not_swallowed() -> None:
+    class Faulty(Numbers):
+        def __getitem__(self, index: int) -> Sample:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        read(Faulty())

@@ -1,0 +1,255 @@
+"""The laws of one step."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimodal.batch import Batch, Features
+from multimodal.config import ModelSection
+from multimodal.losses.infonce import InfoNCE
+from multimodal.model import Model
+from multimodal.optim import AdamW, parameter_groups
+from multimodal.parts import Loss, TowerModule
+from multimodal.step import autocast, seed_step, training_step
+
+ROWS, INPUTS = 6, 5
+FP32 = autocast(torch.device("cpu"), "fp32")
+LOSSES = {"infonce": InfoNCE()}
+LR, DECAY, BETAS, EPS = 0.05, 0.2, (0.9, 0.98), 1e-6
+
+
+class Small(TowerModule):
+    """Two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.net = nn.Sequential(nn.Linear(INPUTS, 7), nn.GELU(), nn.Linear(7, self.width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features: Tensor = self.net(inputs)
+        return features
+
+
+def small_model(**changes: Any) -> Model:
+    torch.manual_seed(0)
+    section = {"embed_dim": 3, "logit_scale": 10.0, "max_logit_scale": 100.0, "learn_logit_scale": True}
+    return Model({"image": Small(), "text": Small()}, ModelSection(**{**section, "logit_bias": None, **changes})).double()
+
+
+def batch(seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {k: torch.randn(ROWS, INPUTS, dtype=torch.float64, generator=generator) for k in ("image", "text")}
+    return Batch(inputs, torch.arange(ROWS))
+
+
+def adamw(model: Model, lr: float = LR) -> torch.optim.Optimizer:
+    return AdamW(lr=lr, weight_decay=DECAY, betas=BETAS, eps=EPS).build(parameter_groups(model, DECAY))
+
+
+def step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    data: Batch,
+    losses: Mapping[str, Loss] = LOSSES,
+    max_grad_norm: float | None = None,
+) -> dict[str, float]:
+    measured = training_step(model, losses, optimizer, data, FP32, max_grad_norm)
+    return {name: float(value) for name, value in measured.items()}
+
+
+def by_hand(model: Model, optimizer: torch.optim.Optimizer, data: Batch, max_grad_norm: float | None) -> float:
+    """The step in plain torch, by the formula of the paper."""
+    optimizer.zero_grad()
+    x, y = (
+        F.normalize(model.towers[k](data.inputs[k]) @ model.projections[k].weight.T, dim=-1)  # type: ignore[operator]
+        for k in ("image", "text")
+    )
+    logits = model.logit_scale.exp() * x @ y.T
+    labels = torch.arange(ROWS)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1, 1e6])
+def test_a_step_is_the_step_written_by_hand(max_grad_norm: float | None) -> None:
+    ours, theirs = small_model(), small_model()
+    optimizer = adamw(ours)
+    plain = torch.optim.AdamW(parameter_groups(theirs, DECAY), lr=LR, betas=BETAS, eps=EPS, fused=False, foreach=False)
+    before = copy.deepcopy(ours.state_dict())
+    for number in range(3):
+        measured = step(ours, optimizer, batch(number), max_grad_norm=max_grad_norm)
+        assert measured["loss"] == pytest.approx(by_hand(theirs, plain, batch(number), max_grad_norm), abs=1e-12)
+        assert measured["finite"] == 1
+    for name, weights in ours.state_dict().items():
+        torch.testing.assert_close(weights, theirs.state_dict()[name], rtol=0, atol=1e-10)
+        assert not torch.equal(weights, before[name])
+
+
+class Spoilt(Loss):
+    """A term of value 0 whose gradient is not finite, as of a root at 0."""
+
+    weight: float = 1.0
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"image_features"})
+
+    def __call__(self, features: Features) -> Tensor:
+        return (features.tensors["image_features"].sum() * 0).sqrt()
+
+
+def snapshot(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    flat = {f"{place}/{name}": value for place, entries in state.items() for name, value in entries.items()}
+    return copy.deepcopy({**model.state_dict(), **flat})
+
+
+@pytest.mark.parametrize("spoil", ["input", "gradient"])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
+    spoil: str, max_grad_norm: float | None
+) -> None:
+    model = small_model()
+    optimizer = adamw(model)
+    step(model, optimizer, batch(), max_grad_norm=max_grad_norm)
+    before = snapshot(model, optimizer)
+    data, losses = batch(1), dict[str, Loss](LOSSES)
+    if spoil == "input":
+        data.inputs["text"][0, 0] = torch.nan
+    else:
+        losses["spoilt"] = Spoilt()
+    measured = step(model, optimizer, data, losses, max_grad_norm)
+    assert measured["finite"] == 0
+    assert math.isfinite(measured["loss"]) == (spoil == "gradient")
+    after = snapshot(model, optimizer)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+    other = small_model()
+    other_optimizer = adamw(other)
+    for number in (0, 2):
+        step(other, other_optimizer, batch(number), max_grad_norm=max_grad_norm)
+    step(model, optimizer, batch(2), max_grad_norm=max_grad_norm)
+    for name, value in snapshot(model, optimizer).items():
+        assert torch.equal(value, snapshot(other, other_optimizer)[name]), "the step after it is as if it had not been"
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_weights() -> None:
+    model = small_model()
+    before = copy.deepcopy(model.state_dict())
+    data = batch()
+    data.inputs["image"][:] = torch.inf
+    assert step(model, adamw(model), data)["finite"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Recorder(torch.optim.SGD):
+    """Remembers the norm of the gradients that it is given."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        self.norm = torch.cat([grad.flatten() for grad in grads]).norm().item()
+        self.scale_grad = grads[-1].clone()
+
+
+def test_clipping_bounds_the_global_norm_and_keeps_the_direction() -> None:
+    model = small_model()
+    free, clipped = (Recorder(model.parameters(), lr=1) for _ in range(2))
+    measured = [step(model, free, batch()), step(model, clipped, batch(), max_grad_norm=0.01)]
+    assert free.norm > 0.1
+    assert clipped.norm == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped.scale_grad / clipped.norm, free.scale_grad / free.norm)
+    assert measured[0] == measured[1], "what is logged is the norm before clipping"
+    assert measured[0]["grad_norm"] == pytest.approx(free.norm)
+
+
+def test_small_gradients_are_not_scaled_up() -> None:
+    model = small_model()
+    recorder = Recorder(model.parameters(), lr=1)
+    measured = step(model, recorder, batch(), max_grad_norm=1e6)
+    assert recorder.norm == pytest.approx(measured["grad_norm"])
+
+
+def test_the_norm_of_each_tower_is_logged() -> None:
+    model = small_model()
+    measured = step(model, Recorder(model.parameters(), lr=1), batch())
+    squares = measured["grad_norm/image"] ** 2 + measured["grad_norm/text"] ** 2
+    assert 0 < squares < measured["grad_norm"] ** 2
+
+
+@pytest.mark.parametrize("limit", [20.0, 1e6])
+def test_the_scale_stays_at_or_below_its_limit(limit: float) -> None:
+    model = small_model(logit_scale=20.0, max_logit_scale=limit)
+    with torch.no_grad():
+        model.towers["text"].load_state_dict(model.towers["image"].state_dict())
+        model.projections["text"].load_state_dict(model.projections["image"].state_dict())
+    data = batch()
+    aligned = Batch({"image": data.inputs["image"], "text": data.inputs["image"]}, data.indices)
+    scale = step(model, adamw(model, lr=0.3), aligned)["logit_scale"]
+    assert scale == pytest.approx(20.0) if limit == 20.0 else scale > 25
+
+
+def test_a_scale_that_is_not_learnt_stays() -> None:
+    model = small_model(learn_logit_scale=False)
+    assert step(model, adamw(model), batch())["logit_scale"] == pytest.approx(10, abs=1e-6)
+
+
+def test_terms_add_up_by_their_weights() -> None:
+    one = step(small_model(), adamw(small_model()), batch())
+    terms = {"a": InfoNCE(weight=0.5), "b": InfoNCE(weight=2.0)}
+    both = step(small_model(), adamw(small_model()), batch(), terms)
+    assert both["loss"] == pytest.approx(2.5 * one["loss"])
+    assert both["loss/a"] == both["loss/b"] == pytest.approx(one["loss"])
+    assert both["grad_norm"] == pytest.approx(2.5 * one["grad_norm"])
+    assert "loss/infonce" not in one
+
+
+def test_a_step_leaves_no_gradient_behind() -> None:
+    model = small_model()
+    step(model, adamw(model), batch())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_random_state_of_a_step_is_a_function_of_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(seed: int, number: int, rank: int) -> float:
+        monkeypatch.setenv("RANK", str(rank))
+        torch.rand(number + 3)
+        seed_step(seed, number)
+        return torch.rand((), dtype=torch.float64).item()
+
+    keys = [(seed, number, rank) for seed in range(5) for number in range(5) for rank in range(3)]
+    drawn = [draw(*key) for key in keys]
+    assert len(set(drawn)) == len(keys)
+    assert [draw(*key) for key in keys] == drawn
+
+
+def test_precision_says_whether_towers_run_in_bf16() -> None:
+    x = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with autocast(torch.device("cpu"), precision):
+            assert (x @ x).dtype == dtype
+
+
+def test_features_and_loss_are_float32_where_towers_run_in_bf16() -> None:
+    model = small_model().float()
+    seen: list[torch.dtype] = []
+
+    class Looks(InfoNCE):
+        def __call__(self, features: Features) -> Tensor:
+            seen.extend(x.dtype for x in features.tensors.values())
+            return super().__call__(features)
+
+    data = Batch({name: x.float() for name, x in batch().inputs.items()}, batch().indices)
+    measured = training_step(model, {"a": Looks()}, adamw(model), data, autocast(torch.device("cpu"), "bf16"), 1.0)
+    assert seen == [torch.float32] * 2
+    assert measured["loss"].dtype == torch.float32
