@@ -14,4 +14,4 @@ format: ## put the code in order
 	uv run ruff format .
 
 pins: ## the newest versions that pyproject.toml allows
-	uv run --no-project scripts/pin.py
+	uv run --no-project --python ">=3.11" scripts/pin.py

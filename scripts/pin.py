@@ -37,7 +37,7 @@ def with_pins(text: str, pins: list[str]) -> str:
 
 
 def pins_of(lock: dict[str, Any]) -> list[str]:
-    """The "name==version" of all packages in a lock file but the project itself; with a marker where versions differ."""
+    """All packages in a lock file but the project itself, as "name==version"; with a marker where versions differ."""
     versions: dict[str, list[dict[str, Any]]] = {}
     for package in lock["package"]:
         if "registry" in package["source"]:

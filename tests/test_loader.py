@@ -101,7 +101,7 @@ def test_a_broken_sample_is_replaced_by_a_good_one_named_and_the_batch_stays_ful
         assert len(other.indices) == BATCH
         assert not broken & set(other.indices.tolist())
         assert torch.equal(other.inputs["one"][:, 0], other.indices)
-        named = {line for line in other.replaced}
+        named = set(other.replaced)
         assert {f"number/{index}: broken" for index in hit} <= named
         good = torch.tensor([int(i) not in broken for i in batch.indices])
         assert torch.equal(batch.inputs["one"][good], other.inputs["one"][good])

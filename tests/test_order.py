@@ -34,7 +34,9 @@ def test_no_sample_comes_twice_in_an_epoch() -> None:
 
 
 def test_what_an_epoch_leaves_out_differs_from_epoch_to_epoch() -> None:
-    seen = [{index for batch in list(batches())[e * PER_EPOCH : (e + 1) * PER_EPOCH] for _, index in batch} for e in (0, 1)]
+    seen = [
+        {index for batch in list(batches())[e * PER_EPOCH : (e + 1) * PER_EPOCH] for _, index in batch} for e in (0, 1)
+    ]
     assert [len(s) for s in seen] == [PER_EPOCH * BATCH] * 2
     assert seen[0] != seen[1]
 

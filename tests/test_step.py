@@ -40,7 +40,9 @@ class Small(TowerModule):
 def small_model(**changes: Any) -> Model:
     torch.manual_seed(0)
     section = {"embed_dim": 3, "logit_scale": 10.0, "max_logit_scale": 100.0, "learn_logit_scale": True}
-    return Model({"image": Small(), "text": Small()}, ModelSection(**{**section, "logit_bias": None, **changes})).double()
+    return Model(
+        {"image": Small(), "text": Small()}, ModelSection(**{**section, "logit_bias": None, **changes})
+    ).double()
 
 
 def batch(seed: int = 0) -> Batch:
