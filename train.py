@@ -1,5 +1,7 @@
 """Train an experiment: `train.py experiment=NAME key=value ...`; the same command again continues a run."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
@@ -18,7 +20,10 @@ def main(composed: DictConfig) -> float | None:
     if config.dry_run:
         dry_run(config)
         return None
-    return Trainer(config).run().get(f"best/{config.checkpoint.best}")
+    summary = Trainer(config).run()
+    if summary.get("status") == "stopped":
+        sys.exit(0)  # by a signal: the other runs of a sweep do not start
+    return summary.get(f"best/{config.checkpoint.best}")
 
 
 if __name__ == "__main__":

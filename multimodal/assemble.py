@@ -82,7 +82,7 @@ def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problem
 
 def draw(name: str, report: Report, folder: Path) -> Iterator[tuple[str, Path]]:
     """Write the figures of an evaluation into a folder: (figure, path)."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for figure, make in report.figures.items():
         path = folder / f"{name}_{figure}.png"
         make().savefig(path, dpi=120)

@@ -27,6 +27,15 @@ from multimodal.parts import ENTRY_POINT_GROUP
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
 
+NO_FILES = [  # our run directory is the only one, also when a stored configuration is launched
+    "hydra/hydra_logging=none",
+    "hydra/job_logging=none",
+    "hydra.output_subdir=null",
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=${paths.runs}/.multirun",
+    "hydra.sweep.subdir=.",
+]
+
 
 class PartsSearchPath(SearchPathPlugin):
     """Puts the `conf/` of packages that announce parts behind the program's own."""
@@ -47,6 +56,7 @@ def launch(task: Callable[[], Any]) -> None:
         force=True,
     )
     Plugins.instance().register(PartsSearchPath)
+    sys.argv[1:1] = NO_FILES
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
     try:
         task()
@@ -78,7 +88,7 @@ class _TerminalHandler(logging.Handler):
 def plain(composed: DictConfig) -> dict[str, Any]:
     """What Hydra composed as plain data, interpolations resolved, missing values still "???"."""
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("run.", "paths."))]
+        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("run.", "paths.", "experiment="))]
         named = any(o.startswith("run.name=") for o in HydraConfig.get().overrides.task)
         if overrides and not named:
             OmegaConf.update(composed, "run.name", f"{composed.run.name}-{safe_name(overrides)}")

@@ -97,10 +97,12 @@ Problems = Iterator[tuple[str, str]]
 
 
 def _losses_find_their_towers(config: "TrainConfig") -> Problems:
-    provided = {f"{tower}_features" for tower in config.towers}
+    provided = {"logit_scale", *(f"{tower}_features" for tower in config.towers)}
+    if config.model.logit_bias is not None:
+        provided.add("logit_bias")
     for name, loss in config.loss.items():
         if missing := sorted(loss.needs() - provided):
-            yield f"loss.{name}", f"needs {', '.join(missing)}; the towers give {', '.join(sorted(provided))}"
+            yield f"loss.{name}", f"needs {', '.join(missing)}; the model gives {', '.join(sorted(provided))}"
 
 
 def _warmup_fits(config: "TrainConfig") -> Problems:

@@ -25,8 +25,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), in torch's fused form."""
 
-    lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)]
     """Decay of the running means of the gradient and of its square."""
     eps: float = Field(gt=0)

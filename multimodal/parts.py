@@ -18,7 +18,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
@@ -263,12 +271,12 @@ class Tokenizer(Part):
 class Loss(Part):
     """A term of the objective: callable on features, a scalar whose mean over ranks is the term of the global batch."""
 
-    weight: float
+    weight: float = Field(default=1.0, gt=0)
     """Multiplies the term in the sum of all terms."""
 
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """Names in `Features.tensors` that the term reads; checked against the model before the start."""
+        """What it reads of `Features`: names of tensors, "logit_bias"; checked against the model before the start."""
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor: ...
@@ -277,10 +285,10 @@ class Loss(Part):
 class Optimizer(Part):
     """`groups` are torch's parameter groups, decay already split off for gains, biases and scales."""
 
-    lr: float
+    lr: float = Field(gt=0)
     """Peak learning rate."""
 
-    weight_decay: float
+    weight_decay: float = Field(ge=0)
     """For matrices; gains, biases and scales have none."""
 
     @abstractmethod

@@ -44,7 +44,7 @@ def facts() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": redact(shlex.join([Path(sys.executable).name, *sys.argv])),
+        "command": redact(shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])),
         "revision": revision and revision.strip(),
         "python": platform.python_version(),
         "platform": platform.platform(),

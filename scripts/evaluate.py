@@ -1,5 +1,6 @@
 """Evaluate a run: `scripts/evaluate.py run=NAME [checkpoint=best] [evals=[cifar10,flickr8k]]`."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ class EvaluateConfig(Config):
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def main(composed: DictConfig) -> None:
-    """Load the checkpoint, run the evaluations, write `evaluations/<step>.json` and figures, print the numbers."""
+    """Load the checkpoint, run the evaluations, write `evaluations/<step>/`, print the numbers."""
     asked = check(plain(composed), EvaluateConfig)
     run = Path(asked.paths.runs) / asked.run
     try:
@@ -48,15 +49,15 @@ def main(composed: DictConfig) -> None:
     problems = Problems()
     evaluations = open_evaluations(asked.evals or config.evals, asked.paths.datasets, problems)
     problems.report()
-    step = checkpoint.load_state(folder).step
+    found = run / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
     results: dict[str, float] = {}
     for name, evaluate in evaluations.items():
         report = evaluate(encoder(config, assembled))
         results |= {f"eval/{name}/{metric}": value for metric, value in report.metrics.items()}
-        for _, path in draw(name, report, run / "figures"):
+        for _, path in draw(name, report, found):
             logger.info("%s", path)
-    (run / "evaluations").mkdir(exist_ok=True)
-    checkpoint.write_json(run / "evaluations" / f"step-{step:08d}.json", results)
+    before = json.loads(numbers.read_text()) if (numbers := found / "results.json").exists() else {}
+    checkpoint.write_json(numbers, {**before, **results})
     for key, value in results.items():
         logger.info("%s %.4f", key, value)
 

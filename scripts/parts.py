@@ -6,8 +6,13 @@ import inspect
 import pkgutil
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
 
 from multimodal.parts import Part, Section, allowed_packages
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
 
 
 def modules() -> Iterator[str]:
@@ -28,13 +33,26 @@ def parts_by_kind() -> dict[str, list[type[Part]]]:
     return dict(sorted(kinds.items()))
 
 
+def readable(kind: Any) -> str:
+    """A type in a few characters."""
+    if get_origin(kind) is Annotated:
+        return readable(get_args(kind)[0])
+    if get_origin(kind) in (tuple, list, dict):
+        return f"{get_origin(kind).__name__}[{', '.join(map(readable, get_args(kind)))}]"
+    return kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+
+
+def bound(field: FieldInfo, word: str) -> object:
+    """The value of a bound such as "gt" on a field, or None."""
+    return next((getattr(item, word) for item in field.metadata if hasattr(item, word)), None)
+
+
 def knobs(section: type[Section]) -> Iterator[str]:
     """One line for each field: name, type, bounds, default and meaning."""
     for name, field in section.model_fields.items():
-        kind = field.annotation.__name__ if inspect.isclass(field.annotation) else str(field.annotation)
-        bounds = [str(item) for item in field.metadata if not inspect.isroutine(item) and str(item)[0].isupper()]
+        bounds = [f"{sign} {value}" for word, sign in SIGNS.items() if (value := bound(field, word)) is not None]
         default = [] if field.is_required() else [f"default {field.default!r}"]
-        facts = ", ".join([kind.replace("typing.", ""), *bounds, *default])
+        facts = ", ".join([readable(field.annotation), *bounds, *default])
         yield f"    {name} ({facts}): {field.description or ''}"
 
 
@@ -46,7 +64,7 @@ def main() -> None:
     for kind, parts in parts_by_kind().items():
         shown = [part for part in parts if word in f"{kind} {part.__module__}.{part.__name__}".lower()]
         for part in shown:
-            print(f"{kind} {part.__module__}.{part.__qualname__}\n    {inspect.getdoc(part)}".replace("\n", "\n    "))
+            print(f"{kind} {part.__module__}.{part.__qualname__}\n{inspect.getdoc(part)}".replace("\n", "\n    "))
             print(*knobs(part), "", sep="\n")
 
 

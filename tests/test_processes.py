@@ -233,6 +233,6 @@ def test_the_stored_configuration_launches_the_same_run(tmp_path: Path) -> None:
 def test_evaluating_a_finished_run_gives_the_numbers_of_its_last_evaluation(tmp_path: Path) -> None:
     run(command(tmp_path, "run", "duration=3steps"))
     run([sys.executable, "scripts/evaluate.py", "run=run", f"paths.runs={tmp_path}", "workers=0"])
-    found = json.loads((tmp_path / "run" / "evaluations" / "step-00000003.json").read_text())
+    found = json.loads((tmp_path / "run" / "evaluations" / "step-00000003" / "results.json").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert found == {key: value for key, value in summary.items() if key.startswith("eval/")}

@@ -12,7 +12,6 @@ from torch import Tensor
 from multimodal.evals import figures
 from multimodal.evals.zero_shot import Images
 from multimodal.parts import Dataset, Encoder, Eval, Report
-from multimodal.units import Cadence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +125,6 @@ class Retrieval(Eval):
     Metrics for each direction: `r1`, `r5`, `r10` (hit rate among the first k), `median_rank`, `mean_rank` (from 1).
     """
 
-    every: Cadence
     dataset: Dataset
     """Images with captions."""
     max_samples: int | None = Field(gt=0)

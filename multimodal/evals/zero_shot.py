@@ -14,7 +14,6 @@ from torch import Tensor
 from multimodal.data.files import Templates
 from multimodal.evals import figures
 from multimodal.parts import Dataset, Encoder, Eval, Report, Source
-from multimodal.units import Cadence
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
@@ -116,7 +115,6 @@ class ZeroShot(Eval):
     Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes), and `chance`, the top-1 of guessing.
     """
 
-    every: Cadence
     dataset: Dataset
     """Images with labels."""
     templates: Templates

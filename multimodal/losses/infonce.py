@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, Strict
+from pydantic import Strict
 from torch import Tensor
 
 from multimodal import distributed
@@ -36,7 +36,6 @@ def info_nce(
 class InfoNCE(Loss):
     """Symmetric cross-entropy of matching pairs against all others in the batch, as in CLIP."""
 
-    weight: float = Field(default=1.0, gt=0)
     pair: Annotated[tuple[str, str], Strict(False)] = ("image", "text")
     """The two towers that are aligned."""
 

@@ -20,7 +20,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         x = input if input.dtype == torch.float64 else input.float()
         moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
         mean, square = distributed.gather(moments[None]).mean(0)
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp(min=0)
         self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * distributed.world_size())
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
