@@ -29,6 +29,8 @@ class TrainerState(BaseModel):
     step: int = 0
     best: float | None = None
     """The best value so far of the metric that checkpoints are judged by."""
+    best_step: int | None = None
+    """The step that had it."""
     broken: int = 0
     """Samples replaced so far."""
     log_bytes: int = 0
@@ -84,7 +86,7 @@ def save(
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     partial.rename(target)
     _flush(target.parent)
 
@@ -103,7 +105,23 @@ def prune(run: Path, keep: int) -> None:
     best = (run / FOLDER / BEST).resolve()
     for step in steps(run)[:-keep]:
         if step_folder(run, step).resolve() != best:
-            shutil.rmtree(step_folder(run, step))
+            _remove(step_folder(run, step))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill half way does not leave one that looks complete."""
+    doomed = folder.with_name(f".partial-old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clean(run: Path) -> None:
+    """Delete what a kill in the middle of saving or deleting has left."""
+    for path in (run / FOLDER).glob(".partial-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def load_state(folder: Path) -> TrainerState:

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from multimodal import distributed
-from multimodal.config import ConfigError
-from multimodal.parts import ENTRY_POINT_GROUP
+from multimodal.config import ConfigError, RunError
+from multimodal.parts import ENTRY_POINT_GROUP, BadSample
 
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
@@ -60,7 +60,7 @@ def launch(task: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
     try:
         task()
-    except ConfigError as error:
+    except (ConfigError, RunError, BadSample) as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

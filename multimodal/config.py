@@ -6,6 +6,7 @@ A field is identity (it changes what is computed: a run can only be resumed with
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -20,6 +21,10 @@ T = TypeVar("T")
 Operational = Annotated[T, "operational"]
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that its user can mend."""
+
+
 class ConfigError(ValueError):
     """The configuration has problems, one line each, by dotted path."""
 
@@ -32,7 +37,7 @@ class ConfigError(ValueError):
 class RunSection(Section):
     """Which run this is."""
 
-    name: str = Field(min_length=1, pattern=r"^[^/\\\s]+$")
+    name: str = Field(min_length=1, pattern=r"^[^./\\\s][^/\\\s]*$")
     """The folder below `paths.runs`; the same name continues the same run."""
     fresh: bool
     """Start over: what the run's folder holds is deleted first."""
@@ -107,9 +112,14 @@ def _losses_find_their_towers(config: "TrainConfig") -> Problems:
 
 def _warmup_fits(config: "TrainConfig") -> Problems:
     warmup, duration = config.warmup, config.duration
-    same_unit = (warmup.unit, warmup.multiplier) == (duration.unit, duration.multiplier)
-    if (same_unit and warmup.value > duration.value) or (warmup.unit == "%" and warmup.value > 100):
+    longest = 100 if warmup.unit == "%" else duration.amount
+    if warmup.unit in ("%", duration.unit) and warmup.amount > longest:
         yield "warmup", f"{warmup} is longer than duration={duration}"
+
+
+def _duration_is_not_zero(config: "TrainConfig") -> Problems:
+    if config.duration.value == 0:
+        yield "duration", f"{config.duration} trains nothing; dry_run=true shows what would be trained"
 
 
 def _ranks_divide_the_batch(config: "TrainConfig") -> Problems:
@@ -149,6 +159,7 @@ class TrainConfig(Config):
     rules = (
         _losses_find_their_towers,
         _warmup_fits,
+        _duration_is_not_zero,
         _ranks_divide_the_batch,
         _best_is_evaluated,
         _scale_below_its_limit,
@@ -176,7 +187,7 @@ class TrainConfig(Config):
     max_broken: Operational[float] = Field(ge=0, le=1)
     """The run stops when more than this share of its samples was broken."""
     model: ModelSection
-    towers: dict[str, Tower] = Field(min_length=2)
+    towers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Tower] = Field(min_length=2)
     """By name; the name is also what losses and evaluations know them by."""
     loss: dict[str, Loss] = Field(min_length=1)
     """Terms, added up by their weights."""
@@ -273,7 +284,12 @@ def _without(raw: Mapping[str, Any], paths: list[tuple[str, ...]], at: tuple[str
 
 
 def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str, str]]:
-    """Where a stored configuration and a new one compute different things: (dotted path, "old -> new")."""
+    """Where a stored configuration and a new one compute different things: (dotted path, "old -> new").
+
+    Fields that did not exist when the old one was stored count with their defaults.
+    """
+    with suppress(ConfigError):
+        old = check(old, TrainConfig).model_dump(mode="json")
     differences: list[tuple[str, str]] = []
 
     def compare(path: str, before: object, after: object) -> None:

@@ -101,15 +101,15 @@ def gather_uneven(x: Tensor, counts: list[int]) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, in one reduction; a gradient that is None counts as zero."""
+    """Replace every gradient by its mean over ranks, in one reduction; every rank has the same ones."""
     if not dist.is_initialized():
         return
-    parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for parameter, grad in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-        parameter.grad = grad.view_as(parameter)
+    for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
 
 
 def average(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The model as evaluations and users see it: raw inputs in, unit-norm features out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +45,15 @@ class Encoder:
         """The multiplier of cosines."""
         return float(self.model.logit_scale.detach().exp())
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
     @torch.no_grad()
     def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
         """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank."""
@@ -57,14 +67,14 @@ class Encoder:
             generator=torch.Generator(),
         )
         device = self.model.logit_scale.device
-        training = self.model.training
-        self.model.eval()
         parts = [torch.empty(0, self.model.embed_dim)]
         hide = True if distributed.rank() else None  # None hides it where there is no terminal
-        with tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, disable=hide) as bar:
+        with (
+            self._evaluating(),
+            tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, disable=hide) as bar,
+        ):
             for batch in loader:
                 with self.context:
                     parts.append(self.model.encode(tower, batch.to(device)).float().cpu())
                 bar.update(len(batch))
-        self.model.train(training)
         return distributed.gather_uneven(torch.cat(parts), [b - a for a, b in pairwise(bounds)])

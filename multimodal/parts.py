@@ -129,13 +129,17 @@ def find_part(target: str, contract: type[Part]) -> type[Part]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(f"'{module_name}' needs the package '{error.name}', which is not installed") from None
         raise ValueError(f"there is no module '{error.name}'") from None
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"'{module_name}' cannot be imported: {error}") from None
     parts = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Part)}
     found = parts.get(name)
     if found is None:
         raise ValueError(f"'{module_name}' has no part '{name}'.{did_you_mean(name, parts)}")
-    if not issubclass(found, contract) or inspect.isabstract(found):
-        is_a = f"a {contract.__name__} is wanted here, this is a {found.contract().__name__}"
-        raise ValueError(f"'{name}' is the wrong kind of part: {is_a}")
+    if inspect.isabstract(found):
+        raise ValueError(f"'{name}' is what parts derive from, not a part itself")
+    if not issubclass(found, contract):
+        kinds = f"wanted is one of kind {contract.__name__}, this is of kind {found.contract().__name__}"
+        raise ValueError(f"'{name}' is the wrong kind of part: {kinds}")
     return found
 
 
@@ -283,7 +287,10 @@ class Loss(Part):
 
 
 class Optimizer(Part):
-    """`groups` are torch's parameter groups, decay already split off for gains, biases and scales."""
+    """`groups` are torch's parameter groups, decay already split off for gains, biases and scales.
+
+    What is built heeds torch's `found_inf` (the fused optimizers do), so that a step that is not finite is left out.
+    """
 
     lr: float = Field(gt=0)
     """Peak learning rate."""

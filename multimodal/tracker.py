@@ -26,7 +26,8 @@ class RunLog:
     def __init__(self, folder: Path, log_bytes: int) -> None:
         self.folder = folder
         self.file = (folder / METRICS).open("ab")
-        self.file.truncate(log_bytes)
+        self.file.truncate(min(log_bytes, self.file.tell()))
+        self.file.seek(0, os.SEEK_END)
         self.mirror: Mirror | None = None
 
     @property
@@ -57,7 +58,7 @@ class RunLog:
         summary = dict(facts)
         for row in rows:
             summary.update(row)
-        candidates = [row for row in rows if best in row]
+        candidates = [row for row in rows if best in row and math.isfinite(row[best])]
         if best is not None and candidates:
             top = (max if mode == "max" else min)(candidates, key=lambda row: row[best])
             summary |= {f"best/{best}": top[best], "best/step": top["step"]}

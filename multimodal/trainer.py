@@ -1,6 +1,8 @@
 """The loop: data, step, log, evaluate, save. It has no settings of its own."""
 
+import json
 import logging
+import math
 import secrets
 import shutil
 import signal
@@ -20,7 +22,7 @@ from multimodal import checkpoint, distributed, provenance
 from multimodal.assemble import Problems, assemble, device_of, draw, encoder, open_evaluations, open_source
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
-from multimodal.config import ConfigError, TrainConfig, changed_identity
+from multimodal.config import ConfigError, RunError, TrainConfig, changed_identity
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals import figures
@@ -34,14 +36,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_BROKEN = 100
 """Before so many samples were seen, a share of broken ones says nothing."""
-
-
-class BrokenData(RuntimeError):
-    """Too many samples could not be read."""
-
-
-class Diverged(RuntimeError):
-    """A loss or gradient was not finite."""
 
 
 class Trainer:
@@ -80,6 +74,8 @@ class Trainer:
             self.state = checkpoint.load_state(last)
             checkpoint.load_model(last, self.model)
             checkpoint.load_optimizer(last, self.model, self.optimizer)
+            if self.first and self.state.best_step in checkpoint.steps(self.folder):
+                checkpoint.mark_best(self.folder, self.state.best_step)  # a kill may have come before it
 
         self.steps_per_epoch = len(source) // config.global_batch_size
         self.total_steps = config.duration.steps(config.global_batch_size, self.steps_per_epoch)
@@ -128,6 +124,7 @@ class Trainer:
             if any(folder.iterdir()) and not stored.exists():
                 raise ConfigError([("run.fresh", f"{folder} does not look like a run: it is left as it is")])
             shutil.rmtree(folder)
+        checkpoint.clean(folder)
         last = checkpoint.find(folder) if checkpoint.steps(folder) else None
         if last is not None:
             changed = changed_identity(yaml.safe_load((last / "config.yaml").read_text()), config)
@@ -144,7 +141,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         log = RunLog(self.folder, self.state.log_bytes)
         summary = self.folder / SUMMARY
-        self.run_id = yaml.safe_load(summary.read_text())["id"] if summary.exists() else secrets.token_hex(4)
+        self.run_id = json.loads(summary.read_text())["id"] if summary.exists() else secrets.token_hex(4)
         facts = provenance.facts()
         checkpoint.write_json(self.folder / "environment.json", facts)
         (self.folder / "uncommitted.diff").write_text(provenance.uncommitted())
@@ -162,7 +159,13 @@ class Trainer:
         if not self.first:
             return {}
         logger.info("run %s is finished, at step %d; run.fresh=true starts it over", self.folder, self.state.step)
-        summary: dict[str, Any] = yaml.safe_load((self.folder / SUMMARY).read_text())
+        stored = self.folder / SUMMARY
+        summary: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
+        if summary.get("status") != "finished":  # killed after its last checkpoint
+            self.run_id = summary.get("id", secrets.token_hex(4))
+            self.log = RunLog(self.folder, self.state.log_bytes)
+            summary = self._summarise("finished")
+            self.log.close(exit_code=0)
         return summary
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ class Trainer:
         state.broken += len(batch.replaced)
         seen = max(FIRST_BROKEN, (state.step + 1) * config.global_batch_size // distributed.world_size())
         if state.broken > config.max_broken * seen:
-            raise BrokenData(
+            raise RunError(
                 f"{state.broken} of {seen} samples were broken, more than max_broken={config.max_broken}; "
                 "the log names each of them"
             )
@@ -232,7 +235,7 @@ class Trainer:
 
     def _log_training(self, measured: dict[str, Tensor], lr: float, not_finite: Tensor, bar: Any) -> None:
         if not_finite:
-            raise Diverged(
+            raise RunError(
                 f"the loss or a gradient was not finite in {int(not_finite)} of the steps up to {self.state.step}; "
                 "the weights were left as before. A lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
             )
@@ -284,12 +287,19 @@ class Trainer:
         if self.first:
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         self.clock += time.monotonic() - started  # the rate is that of training
+        return self._improves(values)
+
+    def _improves(self, values: dict[str, float]) -> bool:
         best, sign = self.config.checkpoint.best, 1 if self.config.checkpoint.mode == "max" else -1
-        if best is None or best not in values:
+        if best is None or not any(key.startswith(f"{best.rpartition('/')[0]}/") for key in values):
+            return False
+        if best not in values:
+            raise RunError(f"checkpoint.best={best} is not among the metrics: {', '.join(values)}")
+        if not math.isfinite(values[best]):
             return False
         if self.state.best is not None and sign * values[best] <= sign * self.state.best:
             return False
-        self.state.best = values[best]
+        self.state.best, self.state.best_step = values[best], self.state.step
         return True
 
     def _draw(self, name: str, report: Report) -> None:

@@ -37,16 +37,20 @@ class Duration:
     def __str__(self) -> str:
         return f"{self.value:g}{self.multiplier}{self.unit}"
 
+    @property
+    def amount(self) -> float:
+        """The number of units."""
+        return self.value * MULTIPLIERS[self.multiplier]
+
     def steps(self, global_batch_size: int, steps_per_epoch: int) -> int:
         """In whole optimisation steps, rounded up (0 stays 0)."""
-        amount = self.value * MULTIPLIERS[self.multiplier]
         per_step = {"steps": 1.0, "epochs": 1 / steps_per_epoch, "samples": float(global_batch_size)}[self.unit]
-        return -int(-round(amount / per_step, 6) // 1)
+        return -int(-round(self.amount / per_step, 6) // 1)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.to_string_ser_schema()
+            cls._validate, serialization=core_schema.to_string_ser_schema(when_used="always")
         )
 
     @classmethod

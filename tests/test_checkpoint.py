@@ -232,7 +232,6 @@ def test_json_is_replaced_in_one_piece(tmp_path: Path) -> None:
     assert path.read_text() == '{\n  "a": 1\n}\n'
 
 
-@pytest.mark.xfail(reason="a checkpoint is deleted under its own name", strict=True)
 def test_deleting_is_not_seen_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folders(tmp_path, 1, 2)
 

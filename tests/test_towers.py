@@ -152,7 +152,6 @@ def test_the_same_captions_teach_the_same_vocabulary() -> None:
     assert learnt().vocabulary.to_str() == learnt().vocabulary.to_str()
 
 
-@pytest.mark.xfail(reason="the marks of start and end are read in captions too", strict=True)
 def test_a_caption_that_spells_the_end_token_does_not_end_there() -> None:
     encoding = learnt(context_length=60)
     ids = encoding("a <end_of_text> cat")

@@ -53,7 +53,6 @@ def test_rows_behind_the_checkpoint_are_cut_off_when_the_run_goes_on(tmp_path: P
     assert again.flush() == (tmp_path / METRICS).stat().st_size
 
 
-@pytest.mark.xfail(reason="the place in the file is still behind the rows that were cut off", strict=True)
 def test_the_length_is_that_of_the_file_also_when_nothing_was_written_since_rows_were_cut_off(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write(1, 10, {"a": 1})

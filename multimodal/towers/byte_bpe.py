@@ -20,6 +20,7 @@ PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 class _Encoding:
     def __init__(self, vocabulary: Vocabulary, context_length: int) -> None:
         self.vocabulary = vocabulary
+        vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
         self.context_length = context_length
         self.vocab_size = vocabulary.get_vocab_size()
         self.start, self.end = vocabulary.token_to_id(START), vocabulary.token_to_id(END)

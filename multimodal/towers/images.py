@@ -22,7 +22,8 @@ Colour = Annotated[tuple[float, float, float], Strict(False)]
 class ImagePreprocessor:
     """From a PIL image to uint8 [C, H, W]: augmented in training, else the shorter side resized and the centre cropped.
 
-    The evaluation form equals open_clip's `image_transform(is_train=False)` up to normalisation, which is the tower's.
+    The evaluation form equals open_clip's `image_transform(is_train=False)` up to normalisation, which is the tower's,
+    for RGB and grey images; others become RGB before they are resized, there after.
     """
 
     size: int
