@@ -60,7 +60,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("multimodal.losses.infonse.InfoNCE", "there is no module 'multimodal.losses.infonse'"),
         ("multimodal.optim.AdamW", "wrong kind of part: wanted is one of kind Loss, this is of kind Optimizer"),
         ("multimodal.parts.Loss", "what parts derive from"),
-        ("multimodal.parts.Part", "what parts derive from"),
+        ("multimodal.parts.Part", "wrong kind of part"),
         ("../x", "not a dotted path"),
         ("", "not a dotted path"),
         (".", "not a dotted path"),
