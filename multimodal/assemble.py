@@ -18,7 +18,7 @@ from multimodal.encoder import Encoder
 from multimodal.model import Model
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report, Source
-from multimodal.step import autocast
+from multimodal.step import native_precision
 
 Evaluation = Callable[[EncoderContract], Report]
 
@@ -29,8 +29,14 @@ class Assembled:
 
     readers: dict[str, Reader]
     model: Model
-    context: torch.autocast
-    """In which the towers run."""
+    precision: str
+    """Of the towers: "bf16" or "fp32"."""
+
+    @property
+    def context(self) -> torch.autocast:
+        """In which the towers run."""
+        device = self.model.logit_scale.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -40,7 +46,10 @@ def device_of(config: TrainConfig) -> torch.device:
         raise ConfigError([("device", "torch sees no GPU here; device=auto takes what there is")])
     if config.device == "cpu" or not available:
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError([("device", f"there are {count} GPUs for at least {index + 1} processes on this machine")])
+    return torch.device("cuda", index)
 
 
 class Problems(list[tuple[str, str]]):
@@ -71,6 +80,19 @@ def open_source(config: TrainConfig, problems: Problems) -> Source | None:
     return source
 
 
+def count_steps(config: TrainConfig, source: Source | None, problems: Problems) -> tuple[int, int, int]:
+    """Optimisation steps in an epoch, in the run, and of its warm-up; zeros where there is no source."""
+    if source is None:
+        return 0, 0, 0
+    per_epoch = max(1, len(source) // config.global_batch_size)
+    total = config.duration.steps(config.global_batch_size, per_epoch)
+    warmup = config.warmup.steps_of(total, config.global_batch_size, per_epoch)
+    with problems.at("warmup"):
+        if warmup > total:
+            raise ValueError(f"{config.warmup} is longer than duration={config.duration}")
+    return per_epoch, total, warmup
+
+
 def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problems) -> dict[str, Evaluation]:
     """The evaluations by name, their data opened."""
     evaluations = {}
@@ -80,8 +102,8 @@ def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problem
     return evaluations
 
 
-def draw(name: str, report: Report, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Write the figures of an evaluation into a folder: (figure, path)."""
+def write_figures(name: str, report: Report, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Draw the figures of an evaluation into a folder: (figure, path)."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure, make in report.figures.items():
         path = folder / f"{name}_{figure}.png"
@@ -111,7 +133,7 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
             towers[name] = tower.build(preprocessor, config.model.embed_dim)
     problems.report()
     model = Model(towers, config.model).to(device)
-    return Assembled(readers, model, autocast(device, config.precision))
+    return Assembled(readers, model, native_precision(device) if config.precision == "auto" else config.precision)
 
 
 def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:
@@ -123,6 +145,11 @@ def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:
     return config, assembled
 
 
-def encoder(config: TrainConfig, assembled: Assembled) -> Encoder:
-    """The assembled model as evaluations see it."""
-    return Encoder(assembled.model, assembled.readers, assembled.context, workers=config.workers)
+def evaluate(
+    evaluations: Mapping[str, Evaluation], config: TrainConfig, assembled: Assembled
+) -> tuple[dict[str, float], dict[str, Report]]:
+    """Run evaluations of the assembled model: flat metrics, `eval/<name>/<metric>`, and the reports by name."""
+    encoder = Encoder(assembled.model, assembled.readers, assembled.context, workers=config.workers)
+    reports = {name: run(encoder) for name, run in evaluations.items()}
+    values = {f"eval/{name}/{key}": value for name, report in reports.items() for key, value in report.metrics.items()}
+    return values, reports

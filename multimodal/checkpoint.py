@@ -4,13 +4,11 @@
 preprocessors have learnt; `checkpoints/best` points to the best of them.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -26,9 +24,18 @@ FOLDER, BEST = "checkpoints", "best"
 class TrainerState(BaseModel):
     """Where a run stands, apart from its tensors; the position in the data is a function of the step."""
 
+    run_id: str
+    """Of the run in the tracker."""
+    num_samples: int
+    """In the training data, which its order depends on."""
+    precision: str
+    """What precision=auto means here."""
+    total_steps: int
     step: int = 0
+    best_of: str | None = None
+    """The metric that checkpoints are judged by, and whether more of it is better: "eval/shapes/top1 max"."""
     best: float | None = None
-    """The best value so far of the metric that checkpoints are judged by."""
+    """Its best value so far."""
     best_step: int | None = None
     """The step that had it."""
     broken: int = 0
@@ -136,11 +143,13 @@ def load_model(folder: Path, model: Model) -> None:
 
 def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Fill the optimizer's state."""
-    names = _parameter_names(model, optimizer)
-    places = {name: place for place, name in enumerate(names)}
+    places = {name: place for place, name in enumerate(_parameter_names(model, optimizer))}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("/")
+        if tensor.shape == parameters[name].shape:  # in the weights' own memory format, which fused kernels rely on
+            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype, device="cpu").copy_(tensor)
         state.setdefault(places[name], {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -162,10 +171,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one piece."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)

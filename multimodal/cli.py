@@ -50,8 +50,8 @@ class PartsSearchPath(SearchPathPlugin):
 def launch(task: Callable[[], Any]) -> None:
     """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1."""
     logging.basicConfig(
-        level=logging.INFO if distributed.rank() == 0 else logging.ERROR,
-        format="%(message)s",
+        level=logging.INFO if distributed.rank() == 0 else logging.WARNING,
+        format="%(message)s" if distributed.rank() == 0 else f"rank {distributed.rank()}: %(message)s",
         handlers=[_TerminalHandler()],
         force=True,
     )
@@ -70,8 +70,7 @@ def launch(task: Callable[[], Any]) -> None:
 
 
 def _refuse(message: str) -> None:
-    if distributed.rank() == 0:
-        print(message, file=sys.stderr)
+    print(message if distributed.rank() == 0 else f"rank {distributed.rank()}: {message}", file=sys.stderr)
     sys.exit(1)
 
 

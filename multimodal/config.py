@@ -12,7 +12,19 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from multimodal.parts import Augment, Dataset, Eval, Loss, Optimizer, Part, Schedule, Section, Tower, Tracker
+from multimodal.parts import (
+    Augment,
+    Dataset,
+    Eval,
+    Loss,
+    Optimizer,
+    Part,
+    Schedule,
+    Section,
+    Tower,
+    Tracker,
+    did_you_mean,
+)
 from multimodal.units import Cadence, Duration, Warmup
 
 MISSING = "???"
@@ -31,7 +43,10 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[tuple[str, str]], where: str = "configuration") -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__("\n".join([f"{count} in the {where}:", *(f"  {path}: {text}" for path, text in problems)]))
-        self.problems = problems
+        self.problems, self.where = problems, where
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[tuple[str, str]], str]]:
+        return ConfigError, (self.problems, self.where)
 
 
 class RunSection(Section):
@@ -90,7 +105,7 @@ class LogSection(Section):
 class Config(Section):
     """The whole of what a program is told."""
 
-    rules: ClassVar[tuple[Callable[[Any], "Problems"], ...]] = ()
+    rules: ClassVar[tuple[Callable[[Any], "Findings"], ...]] = ()
     """What must hold between fields: each yields (dotted path, what is wrong)."""
 
 
@@ -98,10 +113,10 @@ C = TypeVar("C", bound=Config)
 
 # --- rules across sections ------------------------------------------------------------------------------------------
 
-Problems = Iterator[tuple[str, str]]
+Findings = Iterator[tuple[str, str]]
 
 
-def _losses_find_their_towers(config: "TrainConfig") -> Problems:
+def _losses_find_their_towers(config: "TrainConfig") -> Findings:
     provided = {"logit_scale", *(f"{tower}_features" for tower in config.towers)}
     if config.model.logit_bias is not None:
         provided.add("logit_bias")
@@ -110,43 +125,50 @@ def _losses_find_their_towers(config: "TrainConfig") -> Problems:
             yield f"loss.{name}", f"needs {', '.join(missing)}; the model gives {', '.join(sorted(provided))}"
 
 
-def _warmup_fits(config: "TrainConfig") -> Problems:
+def _warmup_fits(config: "TrainConfig") -> Findings:
     warmup, duration = config.warmup, config.duration
     longest = 100 if warmup.unit == "%" else duration.amount
     if warmup.unit in ("%", duration.unit) and warmup.amount > longest:
         yield "warmup", f"{warmup} is longer than duration={duration}"
 
 
-def _duration_is_not_zero(config: "TrainConfig") -> Problems:
+def _duration_is_not_zero(config: "TrainConfig") -> Findings:
     if config.duration.value == 0:
         yield "duration", f"{config.duration} trains nothing; dry_run=true shows what would be trained"
 
 
-def _ranks_divide_the_batch(config: "TrainConfig") -> Problems:
+def _ranks_divide_the_batch(config: "TrainConfig") -> Findings:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.global_batch_size % ranks:
         yield "global_batch_size", f"{config.global_batch_size} is not divisible by the {ranks} ranks"
 
 
-def _best_is_evaluated(config: "TrainConfig") -> Problems:
+def _best_is_evaluated(config: "TrainConfig") -> Findings:
     best = config.checkpoint.best
     if best is None:
         return
-    if len(parts := best.split("/")) != 3 or parts[0] != "eval" or parts[1] not in config.evals:
-        names = ", ".join(f"eval/{name}/..." for name in config.evals) or "none"
-        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation; there are: {names}"
+    metrics = [f"eval/{name}/{metric}" for name, part in config.evals.items() for metric in part.metrics]
+    if best not in metrics:
+        hint = did_you_mean(best, metrics) or f" There are: {', '.join(metrics) or 'none'}."
+        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation.{hint}"
 
 
-def _scale_below_its_limit(config: "TrainConfig") -> Problems:
+def _evaluations_find_their_towers(config: "TrainConfig") -> Findings:
+    for name, part in config.evals.items():
+        if missing := sorted(set(part.towers) - config.towers.keys()):
+            yield f"evals.{name}", f"needs towers named {', '.join(missing)}; there are: {', '.join(config.towers)}"
+
+
+def _scale_below_its_limit(config: "TrainConfig") -> Findings:
     if config.model.logit_scale > config.model.max_logit_scale:
         limit = config.model.max_logit_scale
         yield "model.logit_scale", f"{config.model.logit_scale} is above max_logit_scale={limit}"
 
 
-def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Problems:
+def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Findings:
     cadences = {"log.every": config.log.every, **{f"evals.{k}.every": part.every for k, part in config.evals.items()}}
     for path, cadence in cadences.items():
-        if cadence.unit == "minutes":
+        if cadence.unit == "minutes" or (path == "log.every" and cadence.unit == "never"):
             yield path, f"should be in steps, epochs or samples, got {cadence}"
 
 
@@ -162,6 +184,7 @@ class TrainConfig(Config):
         _duration_is_not_zero,
         _ranks_divide_the_batch,
         _best_is_evaluated,
+        _evaluations_find_their_towers,
         _scale_below_its_limit,
         _only_checkpoints_by_the_clock,
     )

@@ -5,6 +5,7 @@ loss may be computed in full on every rank or only for the rank's own rows: the 
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ def world_size() -> int:
 
 def start(device: torch.device) -> None:
     """Join the other ranks, if a launcher started several."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
@@ -46,7 +49,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -54,13 +57,20 @@ def on_first_rank(function: Callable[[], T]) -> T:
     return result
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; the same answer on all."""
-    if not dist.is_initialized():
-        return flag
-    votes = torch.tensor(int(flag))
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
+def _travels(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+def total(*counts: int) -> list[int]:
+    """Each count summed over ranks; the same answer on all."""
+    sums = torch.tensor(counts)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return [int(count) for count in sums]
 
 
 class _Gather(torch.autograd.Function):
@@ -73,7 +83,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may have lent it to others too
         dist.all_reduce(grad)
         start = dist.get_rank() * ctx.rows
         return grad[start : start + ctx.rows]

@@ -1,13 +1,12 @@
 """Look before training: the resolved configuration, the size of the model, and a picture of one batch."""
 
-import yaml
-
 from multimodal import distributed
-from multimodal.assemble import Problems, assemble, open_evaluations, open_source
+from multimodal.assemble import Problems, assemble, count_steps, open_evaluations, open_source
 from multimodal.config import TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals.figures import batch_sheet
+from multimodal.run_folder import config_text
 from multimodal.towers.images import ImagePreprocessor
 from multimodal.towers.text_transformer import TextPreprocessor
 
@@ -19,6 +18,7 @@ def dry_run(config: TrainConfig) -> None:
     problems = Problems()
     source = open_source(config, problems)
     open_evaluations(config.evals, config.paths.datasets, problems)
+    per_epoch, total, warmup = count_steps(config, source, problems)
     problems.report()
     assert source is not None
     assembled = assemble(config, source, None)
@@ -26,10 +26,10 @@ def dry_run(config: TrainConfig) -> None:
     batch = next(training_batches(source, assembled.readers, order, config.seed, config.workers))
     if distributed.rank() != 0:
         return
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    print(config_text(config))
     for name, count in assembled.model.num_parameters().items():
         print(f"parameters {name}: {count:,}")
-    print(f"samples: {len(source):,}")
+    print(f"samples: {len(source):,}; steps: {total:,}, {warmup:,} of them warm-up, {per_epoch:,} in an epoch")
     preprocessors = {name: reader.preprocessor for name, reader in assembled.readers.items()}
     image = next((name for name, made in preprocessors.items() if isinstance(made, ImagePreprocessor)), None)
     texts = ((name, made) for name, made in preprocessors.items() if isinstance(made, TextPreprocessor))

@@ -40,11 +40,6 @@ class Encoder:
         self.model, self.readers, self.context = model, readers, context
         self.batch_size, self.workers = batch_size, workers
 
-    @property
-    def logit_scale(self) -> float:
-        """The multiplier of cosines."""
-        return float(self.model.logit_scale.detach().exp())
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = self.model.training

@@ -316,10 +316,6 @@ class Schedule(Part):
 class Encoder(Protocol):
     """The model as evaluations see it."""
 
-    @property
-    def logit_scale(self) -> float:
-        """The multiplier of cosines."""
-
     def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
         """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank."""
 
@@ -336,6 +332,11 @@ class Report:
 
 class Eval(Part):
     """An evaluation with its own cadence and data."""
+
+    metrics: ClassVar[tuple[str, ...]]
+    """Short names of what it reports."""
+    towers: ClassVar[tuple[str, ...]] = ("image", "text")
+    """Names of the towers that it encodes with."""
 
     every: Cadence
     """How often during training; it always runs at the end."""

@@ -13,29 +13,30 @@ from typing import Any
 
 import torch
 
-SECRET = re.compile(
-    r"""(?ix) (?P<name> [\w.-]* (?:api_?key|token|secret|passw(?:or)?d) [\w.-]* ["']? \s* [=:] \s* ["']?) [^\s"',]+
-    | (?P<scheme> \w+://) [^/\s@]+ @"""
-)
+NAME = r"(?:api[_-]?key|access[_-]?key(?:[_-]?id)?|private[_-]?key|secret|token|password|passwd|credentials?)"
+VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"',]+)"""
+SECRETS = [
+    re.compile(rf"""(?ix) (?<![a-z]) ({NAME} ["']? \s* [=:] \s*) {VALUE}"""),  # token=..., "api_key": ...
+    re.compile(rf"(?ix) (--[a-z-]*{NAME} \s+) {VALUE}"),  # --token ...
+    re.compile(rf"""(?ix) (authorization ["']? \s* [=:] \s* ["']? \w+ \s+) {VALUE}"""),  # Authorization: Bearer ...
+    re.compile(r"(?x) (\w+://) [^\s@\"']+ (?=@)"),  # scheme://user:password@host
+]
 
 
 def redact(text: str) -> str:
     """The text with the values of keys, tokens and passwords, and the user part of addresses, replaced by ***."""
-    return SECRET.sub(lambda match: f"{match['name'] or match['scheme']}***{'@' if match['scheme'] else ''}", text)
+    for secret in SECRETS:
+        text = secret.sub(r"\1***", text)
+    return text
 
 
 def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
+        result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout
+    return result.stdout.decode(errors="replace") if result.returncode in (0, 1) else None  # 1: there is a difference
 
 
 def facts() -> dict[str, Any]:
@@ -51,10 +52,13 @@ def facts() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
-        "packages": {d.name: d.version for d in sorted(distributions(), key=lambda d: d.name.lower())},
+        "packages": {d.name: d.version for d in distributions() if d.name},
     }
 
 
 def uncommitted() -> str:
-    """The difference between the code that runs and its revision."""
-    return redact(_git("diff", "HEAD") or "")
+    """How the code that runs differs from its revision, files that git does not know included."""
+    changes = [_git("diff", "HEAD") or ""]
+    for name in (_git("ls-files", "--others", "--exclude-standard") or "").splitlines():
+        changes.append(_git("diff", "--no-index", "/dev/null", name) or "")
+    return redact("".join(changes))

@@ -19,16 +19,12 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(state) & (2**63 - 1))
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which towers run: "bf16", "fp32", or "auto", which is bf16 where the hardware multiplies it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-            native = flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
-        precision = "bf16" if native else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def native_precision(device: torch.device) -> str:
+    """ "bf16" where the hardware multiplies it, else "fp32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
 
 
 def training_step(

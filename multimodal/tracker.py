@@ -4,20 +4,22 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
-from multimodal.checkpoint import write_json
+from multimodal.files import to_json, write_json
 from multimodal.parts import Mirror, RunInfo, Tracker
 
 logger = logging.getLogger(__name__)
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
-Row = dict[str, float]
+Row = dict[str, Any]
+"""Flat keys; a value that was not finite is None."""
 
 
 class RunLog:
@@ -30,6 +32,11 @@ class RunLog:
         self.file.seek(0, os.SEEK_END)
         self.mirror: Mirror | None = None
 
+    def start(self, tracker: Tracker, run: RunInfo) -> None:
+        """Show the log in `tracker` too."""
+        with self._unless_it_fails():
+            self.mirror = tracker.start(run)
+
     @property
     def rows(self) -> list[Row]:
         """All rows so far."""
@@ -38,13 +45,17 @@ class RunLog:
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One row: the step, the samples seen by then, and flat metric keys."""
         row = {"step": step, "samples": samples, **values}
-        self.file.write(json.dumps(row).encode() + b"\n")
+        self.file.write(to_json(row).encode() + b"\n")
         self.file.flush()
-        self._pass_on(lambda mirror: mirror.log(step, row))
+        with self._unless_it_fails():
+            if self.mirror is not None:
+                self.mirror.log(step, row)
 
     def figure(self, step: int, name: str, path: Path) -> None:
         """Show a figure that is in the run's folder."""
-        self._pass_on(lambda mirror: mirror.figure(step, name, path))
+        with self._unless_it_fails():
+            if self.mirror is not None:
+                self.mirror.figure(step, name, path)
 
     def flush(self) -> int:
         """Bring all rows to the disk; the length of the file."""
@@ -58,7 +69,7 @@ class RunLog:
         summary = dict(facts)
         for row in rows:
             summary.update(row)
-        candidates = [row for row in rows if best in row and math.isfinite(row[best])]
+        candidates = [row for row in rows if best in row and row[best] is not None]
         if best is not None and candidates:
             top = (max if mode == "max" else min)(candidates, key=lambda row: row[best])
             summary |= {f"best/{best}": top[best], "best/step": top["step"]}
@@ -68,13 +79,14 @@ class RunLog:
     def close(self, exit_code: int) -> None:
         """Finish the file and the mirror."""
         self.file.close()
-        self._pass_on(lambda mirror: mirror.finish(exit_code))
+        with self._unless_it_fails():
+            if self.mirror is not None:
+                self.mirror.finish(exit_code)
 
-    def _pass_on(self, call: Any) -> None:
-        if self.mirror is None:
-            return
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
         try:
-            call(self.mirror)
+            yield
         except Exception:
             logger.warning("the tracker failed and is left out from here on; %s goes on", METRICS, exc_info=True)
             self.mirror = None
@@ -149,7 +161,8 @@ class _WandbMirror:
         self.run = run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({key: value for key, value in values.items() if math.isfinite(value)}, step=step)
+        known = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        self.run.log(known, step=step)
 
     def figure(self, step: int, name: str, path: Path) -> None:
         import wandb

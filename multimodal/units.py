@@ -87,7 +87,12 @@ class Cadence(Duration):
     @classmethod
     def parse(cls, text: str) -> Self:
         """As a duration, or "never"."""
-        return cls(0, "never") if text == "never" else super().parse(text)
+        if text == "never":
+            return cls(0, "never")
+        cadence = super().parse(text)
+        if cadence.value == 0:
+            raise ValueError(f"should be more than 0, or never, got '{text}'")
+        return cadence
 
     def __str__(self) -> str:
         return "never" if self.unit == "never" else super().__str__()

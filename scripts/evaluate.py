@@ -9,9 +9,10 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
-from multimodal import checkpoint
+from multimodal import checkpoint, distributed
 from multimodal.cli import CONF, launch, plain
 from multimodal.config import Config, ConfigError, PathsSection, check
+from multimodal.files import write_json
 from multimodal.parts import Eval
 
 logger = logging.getLogger(__name__)
@@ -42,22 +43,30 @@ def main(composed: DictConfig) -> None:
     except FileNotFoundError as error:
         raise ConfigError([("run", str(error))]) from None
 
-    from multimodal.assemble import Problems, draw, encoder, load, open_evaluations
+    from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations, write_figures
 
     paths = asked.paths.model_dump()
     config, assembled = load(folder, paths=paths, device=asked.device, workers=asked.workers)
+    evals = asked.evals or config.evals
+    if not evals:
+        raise ConfigError([("evals", "the run was trained with none: name some, such as evals=[shapes]")])
     problems = Problems()
-    evaluations = open_evaluations(asked.evals or config.evals, asked.paths.datasets, problems)
+    evaluations = open_evaluations(evals, asked.paths.datasets, problems)
     problems.report()
+    distributed.start(device_of(config))
+    try:
+        results, reports = evaluate(evaluations, config, assembled)
+    finally:
+        distributed.stop()
+    if distributed.rank() != 0:
+        return
     found = run / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
-    results: dict[str, float] = {}
-    for name, evaluate in evaluations.items():
-        report = evaluate(encoder(config, assembled))
-        results |= {f"eval/{name}/{metric}": value for metric, value in report.metrics.items()}
-        for _, path in draw(name, report, found):
+    for name, report in reports.items():
+        for _, path in write_figures(name, report, found):
             logger.info("%s", path)
-    before = json.loads(numbers.read_text()) if (numbers := found / "results.json").exists() else {}
-    checkpoint.write_json(numbers, {**before, **results})
+    numbers = found / "results.json"
+    before = json.loads(numbers.read_text()) if numbers.exists() else {}
+    write_json(numbers, {**before, **results})
     for key, value in results.items():
         logger.info("%s %.4f", key, value)
 

@@ -18,11 +18,13 @@ TinyConfig = Callable[..., TrainConfig]
 
 TINY = (
     "run.name=tiny",
+    "tower@towers.image=vit_tiny",
     "towers.image.image_size=32",
     "towers.image.patch_size=16",
     "towers.image.width=32",
     "towers.image.layers=1",
     "towers.image.heads=1",
+    "towers.text.context_length=32",
     "towers.text.width=32",
     "towers.text.layers=1",
     "towers.text.heads=1",

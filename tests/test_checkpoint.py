@@ -15,11 +15,14 @@ from multimodal.assemble import assemble, load
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState, find, mark_best, prune, save, step_folder, steps
 from multimodal.config import TrainConfig
+from multimodal.files import write_json
 from multimodal.model import Model
 from multimodal.optim import parameter_groups
 from multimodal.step import training_step
 
 NOWHERE = Path("nowhere")
+
+RUN = {"run_id": "abc", "num_samples": 64, "precision": "fp32", "total_steps": 8}
 
 
 class Run:
@@ -45,7 +48,7 @@ class Run:
         import yaml
 
         text = yaml.safe_dump(self.config.model_dump(mode="json"))
-        state = TrainerState(step=step, best=0.25, broken=3, log_bytes=77)
+        state = TrainerState(**RUN, step=step, best=0.25, broken=3, log_bytes=77)
         save(self.folder, state, self.model, self.optimizer, self.assembled.readers, text)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,7 +78,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_last_bit(run: Run, tiny_config:
     checkpoint.load_optimizer(folder, other.model, other.optimizer)
     assert_equal(other.tensors(), run.tensors())
     assert len(run.optimizer.state) == len(list(run.model.parameters()))
-    assert checkpoint.load_state(folder) == TrainerState(step=5, best=0.25, broken=3, log_bytes=77)
+    assert checkpoint.load_state(folder) == TrainerState(**RUN, step=5, best=0.25, broken=3, log_bytes=77)
     run.train()
     other.train()
     assert_equal(other.tensors(), run.tensors())
@@ -226,9 +229,9 @@ def test_what_is_not_found_is_told_with_what_there_is(tmp_path: Path) -> None:
 
 def test_json_is_replaced_in_one_piece(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    checkpoint.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert path.read_text() == '{\n  "a": 1\n}\n'
 
 

@@ -102,7 +102,7 @@ RULES = {
     "loss.infonce": ("loss.infonce.pair", ["image", "audio"], "needs audio_features; the model gives"),
     "warmup": ("warmup", "9steps", "9steps is longer than duration=8steps"),
     "duration": ("duration", "0steps", "trains nothing"),
-    "checkpoint.best": ("checkpoint.best", "eval/shapes/top1", "is not a metric of an evaluation; there are: none"),
+    "checkpoint.best": ("checkpoint.best", "eval/shapes/top1", "is not a metric of an evaluation. There are: none"),
     "model.logit_scale": ("model.logit_scale", 100.1, "is above max_logit_scale"),
     "log.every": ("log.every", "1minutes", "should be in steps, epochs or samples"),
 }
@@ -130,7 +130,14 @@ def test_each_rule_has_a_test_that_it_fires(tiny_raw: dict[str, Any], monkeypatc
     found = problems(raw)
     assert found.keys() == {*RULES, "global_batch_size"}
     assert "16 is not divisible by the 3 ranks" in found["global_batch_size"]
-    assert len(found) == len(TrainConfig.rules)
+    assert len(found) + 1 == len(TrainConfig.rules)  # the one on the towers of evaluations is tried below
+
+
+def test_an_evaluation_needs_its_towers(compose: Compose) -> None:
+    raw = compose("evals=[shapes]")
+    raw = put(raw, "towers", {"image": raw["towers"]["image"], "caption": raw["towers"]["text"]})
+    raw = put(raw, "loss.infonce.pair", ["image", "caption"])
+    assert problems(raw) == {"evals.shapes": "needs towers named text; there are: image, caption"}
 
 
 def test_ranks_that_divide_the_batch_are_fine(tiny_raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +165,8 @@ def test_what_is_right_is_not_refused(tiny_raw: dict[str, Any], path: str, value
 def test_the_best_may_be_that_of_an_evaluation_that_runs_but_no_other(compose: Compose) -> None:
     raw = compose("evals=[shapes]")
     check(put(raw, "checkpoint.best", "eval/shapes/top1"), TrainConfig)
-    for wrong in ("eval/shape/top1", "shapes/top1", "eval/shapes", "train/loss"):
-        assert "there are: eval/shapes/..." in problems(put(raw, "checkpoint.best", wrong))["checkpoint.best"]
+    for wrong in ("eval/shape/top1", "shapes/top1", "eval/shapes", "eval/shapes/topp1", "train/loss"):
+        assert "eval/shapes/top" in problems(put(raw, "checkpoint.best", wrong))["checkpoint.best"]
     assert "got 1minutes" in problems(put(raw, "evals.shapes.every", "1minutes"))["evals.shapes.every"]
 
 

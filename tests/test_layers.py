@@ -13,12 +13,13 @@ import multimodal
 
 ROOT = Path(multimodal.__file__).parent
 LAYERS = (
-    ("batch", "distributed", "units"),
+    ("batch", "distributed", "files", "units"),
     ("parts",),
     ("towers", "losses", "data", "evals"),
     ("config", "model", "optim", "encoder"),
     ("step", "checkpoint", "tracker", "provenance"),
-    ("assemble", "dry_run", "trainer"),
+    ("assemble", "run_folder"),
+    ("dry_run", "trainer"),
     ("cli", "__init__"),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,20 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 24
-TINY = [
+VIT = [
+    "tower@towers.image=vit_tiny",
     "towers.image.image_size=32",
     "towers.image.patch_size=16",
     "towers.image.width=32",
     "towers.image.layers=2",
     "towers.image.heads=2",
+]
+RESNET = [  # its weights lie in memory as channels_last, its batch norm has running statistics
+    "towers.image.width=8",
+    "towers.image.layers=[1,1,1,1]",
+    "towers.image.heads=2",
+]
+TINY = [
     "towers.text.width=32",
     "towers.text.layers=1",
     "towers.text.heads=2",
@@ -39,11 +48,11 @@ TINY = [
 ]
 
 
-def command(runs: Path, name: str, *overrides: str, ranks: int = 1) -> list[str]:
+def command(runs: Path, name: str, *overrides: str, ranks: int = 1, tower: Sequence[str] = VIT) -> list[str]:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, "train.py", f"run.name={name}", f"paths.runs={runs}", *TINY, "tracker=none", *overrides]
+    return [*launcher, "train.py", f"run.name={name}", f"paths.runs={runs}", *tower, *TINY, "tracker=none", *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -91,15 +100,17 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_random_steps_and_run_again_equals_uninterrupted(tmp_path: Path, workers: int) -> None:
-    run(command(tmp_path, "whole", f"workers={workers}"))
+@pytest.mark.parametrize(("workers", "tower"), [(0, VIT), (2, VIT), (2, RESNET)])
+def test_killed_at_random_steps_and_run_again_equals_uninterrupted(
+    tmp_path: Path, workers: int, tower: list[str]
+) -> None:
+    run(command(tmp_path, "whole", f"workers={workers}", tower=tower))
     draw = random.Random(workers)
     for step in sorted(draw.sample(range(1, STEPS - 2), 3)):
-        process = start(command(tmp_path, "killed", f"workers={workers}"))
+        process = start(command(tmp_path, "killed", f"workers={workers}", tower=tower))
         wait_for_step(tmp_path, "killed", step, process)
         kill(process)
-    run(command(tmp_path, "killed", f"workers={workers}"))
+    run(command(tmp_path, "killed", f"workers={workers}", tower=tower))
 
     for file in ("model", "optimizer"):
         whole, killed = weights(tmp_path, "whole", file), weights(tmp_path, "killed", file)
@@ -125,9 +136,10 @@ def test_a_stop_signal_saves_and_exits_cleanly_and_the_same_command_goes_on(tmp_
     assert "is finished" in run(arguments)
 
 
-def test_two_ranks_follow_one_process_and_share_one_run_directory(tmp_path: Path) -> None:
-    run(command(tmp_path, "one"))
-    run(command(tmp_path, "two", ranks=2))
+@pytest.mark.parametrize("tower", [VIT, RESNET])
+def test_two_ranks_follow_one_process_and_share_one_run_directory(tmp_path: Path, tower: list[str]) -> None:
+    run(command(tmp_path, "one", tower=tower))
+    run(command(tmp_path, "two", ranks=2, tower=tower))
     one, two = computed(rows(tmp_path, "one")), computed(rows(tmp_path, "two"))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     losses = [[row["train/loss"] for row in log if "train/loss" in row] for log in (one, two)]
@@ -180,6 +192,15 @@ def test_a_rank_that_fails_ends_all_with_a_non_zero_status(tmp_path: Path) -> No
     )
     assert result.returncode != 0
     assert "rank one has had enough" in result.stderr
+
+
+def test_a_refusal_reaches_all_ranks_in_words(tmp_path: Path) -> None:
+    run(command(tmp_path, "refused", "duration=2steps"))
+    process = start(command(tmp_path, "refused", "duration=2steps", "seed=7", ranks=2))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "seed: 1 -> 7" in output
+    assert "File " not in output.partition("torch.distributed")[0]
 
 
 def test_runs_of_a_sweep_are_runs_of_their_own_also_to_wandb(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What several ranks compute is what one process computes on the whole batch, gradients included."""
 
-import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,26 +11,27 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from multimodal import distributed
+from multimodal.config import ConfigError
 from multimodal.losses.infonce import info_nce
 from multimodal.towers.batch_norm import GlobalBatchNorm2d
 
 pytestmark = pytest.mark.slow
 
 
-def _work(rank: int, ranks: int, port: int, task: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+def _work(
+    rank: int, ranks: int, meeting: str, task: Callable[..., Any], arguments: tuple[Any, ...], results: Any
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     results[rank] = task(*arguments)
     dist.destroy_process_group()
 
 
 def on_ranks(ranks: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `task` returns on each of several real processes."""
-    with mp.Manager() as manager:
+    with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder:
         results = manager.dict()
-        port = 20_000 + os.getpid() % 20_000
-        mp.spawn(_work, (ranks, port, task, arguments, results), nprocs=ranks)
+        mp.spawn(_work, (ranks, f"{folder}/meeting", task, arguments, results), nprocs=ranks)
         return [results[rank] for rank in range(ranks)]
 
 
@@ -64,6 +65,33 @@ def test_info_nce_and_its_gradients_are_those_of_the_global_batch(ranks: int) ->
         torch.testing.assert_close(rank_scale_grad, scale_grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([one[1] for one in found]), x_grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([one[2] for one in found]), y_grad, rtol=1e-12, atol=1e-12)
+
+
+def _lent_gradient(x: Tensor) -> Tensor:
+    y, w = mine(x).clone().requires_grad_(), x.clone().requires_grad_()
+    (distributed.gather(y) + w).sum().backward()
+    assert w.grad is not None
+    return w.grad
+
+
+def test_gathering_leaves_the_gradient_of_others_alone() -> None:
+    for grad in on_ranks(2, _lent_gradient, torch.zeros(4, 3)):
+        torch.testing.assert_close(grad, torch.ones(4, 3))
+
+
+def _refused() -> str:
+    def refuse() -> None:
+        raise ConfigError([("seed", "1 -> 2")], "way of resuming")
+
+    try:
+        distributed.on_first_rank(refuse)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_an_error_of_the_first_rank_is_raised_on_all() -> None:
+    assert on_ranks(2, _refused) == ["1 problem in the way of resuming:\n  seed: 1 -> 2"] * 2
 
 
 def _batch_norm(x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:

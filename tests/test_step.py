@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimodal.assemble import Assembled
 from multimodal.batch import Batch, Features
 from multimodal.config import ModelSection
 from multimodal.losses.infonce import InfoNCE
 from multimodal.model import Model
 from multimodal.optim import AdamW, parameter_groups
 from multimodal.parts import Loss, TowerModule
-from multimodal.step import autocast, seed_step, training_step
+from multimodal.step import seed_step, training_step
 
 ROWS, INPUTS = 6, 5
-FP32 = autocast(torch.device("cpu"), "fp32")
+FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
 LOSSES = {"infonce": InfoNCE()}
 LR, DECAY, BETAS, EPS = 0.05, 0.2, (0.9, 0.98), 1e-6
 
@@ -238,7 +239,7 @@ def test_the_random_state_of_a_step_is_a_function_of_seed_step_and_rank(monkeypa
 def test_precision_says_whether_towers_run_in_bf16() -> None:
     x = torch.ones(2, 2)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with autocast(torch.device("cpu"), precision):
+        with Assembled({}, small_model().float(), precision).context:
             assert (x @ x).dtype == dtype
 
 
@@ -252,6 +253,6 @@ def test_features_and_loss_are_float32_where_towers_run_in_bf16() -> None:
             return super().__call__(features)
 
     data = Batch({name: x.float() for name, x in batch().inputs.items()}, batch().indices)
-    measured = training_step(model, {"a": Looks()}, adamw(model), data, autocast(torch.device("cpu"), "bf16"), 1.0)
+    measured = training_step(model, {"a": Looks()}, adamw(model), data, BF16, 1.0)
     assert seen == [torch.float32] * 2
     assert measured["loss"].dtype == torch.float32

@@ -35,7 +35,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
             path.write_bytes(b"")
 
     monkeypatch.setattr(trainer.figures, "curves", lambda rows: Nothing())
-    monkeypatch.setattr(trainer.provenance, "facts", dict)
+    monkeypatch.setattr(trainer.run_folder.provenance, "facts", dict)
 
 
 def weights(config: TrainConfig, name: str = "model", which: str = "last") -> dict[str, Tensor]:

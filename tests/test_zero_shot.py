@@ -201,7 +201,7 @@ def test_there_is_at_least_one_template():
     ("knobs", "message"),
     [
         ({"names": ()}, "no class names: set class_names"),
-        ({"class_names": []}, "no class names: set class_names"),
+        ({"class_names": []}, "at least 1 item"),
         ({"names": ("cat", " ", "owl")}, "class name of label 1 is empty: set class_names"),
         ({"class_names": ["", "dog", "owl"]}, "class name of label 0 is empty: set class_names"),
         ({"names": ("cat", "crane", "crane")}, "2 classes are named 'crane'.*set class_names"),

@@ -77,6 +77,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=quiet_worker,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # not the global one, whose state belongs to the step
     )
     return iter(loader)

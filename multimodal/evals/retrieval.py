@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -124,6 +124,12 @@ class Retrieval(Eval):
 
     Metrics for each direction: `r1`, `r5`, `r10` (hit rate among the first k), `median_rank`, `mean_rank` (from 1).
     """
+
+    metrics: ClassVar[tuple[str, ...]] = tuple(
+        f"{direction}_{metric}"
+        for direction in ("i2t", "t2i")
+        for metric in ("r1", "r5", "r10", "median_rank", "mean_rank")
+    )
 
     dataset: Dataset
     """Images with captions."""

@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Strict
 from torch import Tensor
 
-from multimodal.data.files import Templates
+from multimodal.data.files import ClassNames, Templates
 from multimodal.evals import figures
 from multimodal.parts import Dataset, Encoder, Eval, Report, Source
 
@@ -115,11 +114,13 @@ class ZeroShot(Eval):
     Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes), and `chance`, the top-1 of guessing.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "mean_per_class", "chance")
+
     dataset: Dataset
     """Images with labels."""
     templates: Templates
     """Prompts with one {} for the class name, averaged; none that training captions were made with, to be fair."""
-    class_names: Annotated[tuple[str, ...], Strict(False)] | None
+    class_names: ClassNames | None
     """By label, instead of the dataset's own; null for those."""
 
     def build(self, root: Path) -> Callable[[Encoder], Report]:

@@ -18,9 +18,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = distributed.gather(moments[None]).mean(0)
-        variance = (square - mean.square()).clamp(min=0)
+        means = distributed.gather(x.mean((0, 2, 3))[None])  # [ranks, C]
+        variances = distributed.gather(x.var((0, 2, 3), correction=0)[None])
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)  # Chan et al. 1979, for equal parts
         self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * distributed.world_size())
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
@@ -42,7 +43,7 @@ def normalise_globally(network: nn.Module) -> None:
     """Replace every `BatchNorm2d` in a freshly built network."""
     for name, child in network.named_children():
         if type(child) is nn.BatchNorm2d:
-            replacement = GlobalBatchNorm2d(child.num_features, child.eps)
+            replacement = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
             replacement.load_state_dict(child.state_dict())
             setattr(network, name, replacement)
         else:
