@@ -11,9 +11,16 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from multimodal import distributed
-from multimodal.config import ConfigError
-from multimodal.losses.infonce import info_nce
+from multimodal.batch import Batch
+from multimodal.config import ConfigError, ModelSection
+from multimodal.data.augment import Keep
+from multimodal.losses.infonce import InfoNCE, info_nce
+from multimodal.model import Model
+from multimodal.step import training_step
 from multimodal.towers.batch_norm import GlobalBatchNorm2d
+from multimodal.towers.images import ImageTower
+from multimodal.towers.resnet import ResNet
+from multimodal.towers.vit import ViT
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +72,34 @@ def test_info_nce_and_its_gradients_are_those_of_the_global_batch(ranks: int) ->
         torch.testing.assert_close(rank_scale_grad, scale_grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([one[1] for one in found]), x_grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([one[2] for one in found]), y_grad, rtol=1e-12, atol=1e-12)
+
+
+IMAGE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "heads": 2}
+VIT = ViT(**IMAGE, image_size=32, patch_size=16, width=16, layers=1, mlp_ratio=2.0, pool="tok", patch_dropout=0.0)
+RESNET = ResNet(**IMAGE, image_size=64, layers=(1, 1, 1, 1), width=4)
+SECTION = ModelSection(embed_dim=8, logit_scale=10.0, max_logit_scale=100.0, learn_logit_scale=True, logit_bias=None)
+
+
+def _train(tower: ImageTower, images: Tensor) -> dict[str, Tensor]:
+    """Three steps of two image towers on two views of random images, in float64."""
+    torch.manual_seed(0)
+    towers = {name: tower.build(tower.preprocessor(list, Keep(), None), SECTION.embed_dim) for name in "xy"}
+    model = Model(towers, SECTION).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses = {"infonce": InfoNCE(pair=("x", "y"))}
+    for x, y in images:
+        batch = Batch({"x": mine(x), "y": mine(y)}, torch.arange(len(mine(x))))
+        training_step(model, losses, optimizer, batch, torch.autocast("cpu", enabled=False), max_grad_norm=0.5)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("tower", [VIT, RESNET])
+def test_training_on_two_ranks_is_training_on_one(tower: ImageTower) -> None:
+    images = torch.randint(0, 256, (3, 2, 8, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
+    expected = _train(tower, images)
+    for found in on_ranks(2, _train, tower, images):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def _lent_gradient(x: Tensor) -> Tensor:
