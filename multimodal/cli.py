@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from multimodal import distributed
 from multimodal.config import ConfigError, RunError
-from multimodal.parts import ENTRY_POINT_GROUP, BadSample
+from multimodal.parts import ENTRY_POINT_GROUP, BadSample, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
@@ -56,17 +56,26 @@ def launch(task: Callable[[], Any]) -> None:
         force=True,
     )
     Plugins.instance().register(PartsSearchPath)
-    sys.argv[1:1] = NO_FILES
+    overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
+    place = next(overrides, len(sys.argv))
+    sys.argv[place:place] = NO_FILES  # beside other overrides: the parser wants them in one row
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
     try:
         task()
     except (ConfigError, RunError, BadSample) as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        path = next((line.split(": ", 1)[1] for line in lines if line.startswith("full_key: ")), "composition")
-        told = [line for line in lines if not line.startswith(("full_key: ", "object_type="))]
-        _refuse(str(ConfigError([(path, " ".join(told))])))
+        _refuse(str(ConfigError([_retell(str(error))])))
+
+
+def _retell(message: str) -> tuple[str, str]:
+    """What Hydra says of a composition that failed, as one of our problems: (dotted path, text)."""
+    lines = [line.strip() for line in message.partition("Config search path:")[0].splitlines() if line.strip()]
+    path = next((line.split(": ", 1)[1] for line in lines if line.startswith("full_key: ")), "composition")
+    text = " ".join(line for line in lines if not line.startswith(("full_key: ", "object_type=")))
+    if match := re.search(r"Could not find '(?:[^']*/)?([^']+)'.*Available options in '[^']*': (.*)", text):
+        text += f".{did_you_mean(match[1], match[2].split())}"
+    return path, text
 
 
 def _refuse(message: str) -> None:
