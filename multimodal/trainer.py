@@ -6,8 +6,8 @@ import math
 import secrets
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -109,8 +109,8 @@ class Trainer:
         try:
             if self.first:
                 self._open_log()
-            with self._stop_on_signal():
-                self._loop(self._batches())
+            with self._stop_on_signal(), closing(self._batches()) as batches:
+                self._loop(batches)
             exit_code = 0
             status = "finished" if self.state.step == self.state.total_steps else "stopped"
             return distributed.on_first_rank(lambda: self._summarise(status))
@@ -149,7 +149,7 @@ class Trainer:
             checkpoint.load_model(last, self.model)
             checkpoint.load_optimizer(last, self.model, self.optimizer)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         config, state = self.config, self.state
         ranks = distributed.rank(), distributed.world_size()
         order = Batches(

@@ -1,7 +1,7 @@
 """From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -69,8 +69,11 @@ def quiet_worker(_: int) -> None:
 
 def training_batches(
     source: Source, readers: Mapping[str, Reader], order: Batches, seed: int, workers: int
-) -> Iterator[Batch]:
-    """The batches of `order`; the same ones whatever the number of workers."""
+) -> Generator[Batch, None, None]:
+    """The batches of `order`; the same ones whatever the number of workers.
+
+    To be closed: workers do not heed stop signals, so a process that fails must send them home before it can end.
+    """
     loader: DataLoader[Batch] = DataLoader(
         _Rows(source, readers, seed),  # type: ignore[arg-type]
         batch_sampler=order,
@@ -80,4 +83,8 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # not the global one, whose state belongs to the step
     )
-    return iter(loader)
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator  # ends the workers
