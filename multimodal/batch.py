@@ -41,6 +41,10 @@ class Batch:
     """int64 [b], the samples' places in their source (of the stand-in, where a sample was replaced)."""
     replaced: list[str] = field(default_factory=list)
     """One line for each broken sample that another one stands in for: its key and what was wrong."""
+    truncated: int = 0
+    """How many captions were cut to fit the context."""
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    """By name of a frozen tower whose features are kept: [b, W], instead of its inputs."""
 
 
 @dataclass(frozen=True)

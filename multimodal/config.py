@@ -17,6 +17,7 @@ from multimodal.parts import (
     Dataset,
     Eval,
     Loss,
+    Operational,
     Optimizer,
     Part,
     Schedule,
@@ -28,9 +29,6 @@ from multimodal.parts import (
 from multimodal.units import Cadence, Duration, Warmup
 
 MISSING = "???"
-
-T = TypeVar("T")
-Operational = Annotated[T, "operational"]
 
 
 class RunError(RuntimeError):
@@ -311,8 +309,9 @@ def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str
 
     Fields that did not exist when the old one was stored count with their defaults.
     """
+    before: object = {key: value for key, value in old.items() if key in _identity(new)}
     with suppress(ConfigError):
-        old = check(old, TrainConfig).model_dump(mode="json")
+        before = _identity(check(old, TrainConfig))
     differences: list[tuple[str, str]] = []
 
     def compare(path: str, before: object, after: object) -> None:
@@ -322,10 +321,16 @@ def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str
         elif before != after:
             differences.append((path, f"{before} -> {after}"))
 
-    identity = {name for name, field in TrainConfig.model_fields.items() if "operational" not in field.metadata}
-    compare(
-        "",
-        {key: value for key, value in old.items() if key in identity},
-        {key: value for key, value in new.model_dump(mode="json").items() if key in identity},
-    )
+    compare("", before, _identity(new))
     return differences
+
+
+def _identity(value: Any) -> Any:
+    """A section, or what is in one, as plain data without the fields that are operational, at any depth."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields.items()
+        known = {name: _identity(getattr(value, name)) for name, field in fields if "operational" not in field.metadata}
+        return {"_target_": value.target(), **known} if isinstance(value, Part) else known
+    if isinstance(value, Mapping):
+        return {key: _identity(item) for key, item in value.items()}
+    return TypeAdapter(type(value)).dump_python(value, mode="json")

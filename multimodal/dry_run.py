@@ -8,7 +8,7 @@ from multimodal.data.order import Batches
 from multimodal.evals.figures import batch_sheet
 from multimodal.run_folder import config_text
 from multimodal.towers.images import ImagePreprocessor
-from multimodal.towers.text_transformer import TextPreprocessor
+from multimodal.towers.text import TextPreprocessor
 
 MAX_PICTURES = 16
 

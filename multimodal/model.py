@@ -18,7 +18,6 @@ class Model(nn.Module):
     def __init__(self, towers: Mapping[str, TowerModule], section: ModelSection) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
-        self.projections = nn.ModuleDict({k: tower.projection(section.embed_dim) for k, tower in towers.items()})
         # As in open_clip, the parameter is the logarithm of the scale.
         scale = torch.tensor(math.log(section.logit_scale))
         self.logit_scale = nn.Parameter(scale, requires_grad=section.learn_logit_scale)
@@ -31,12 +30,23 @@ class Model(nn.Module):
         inputs: Tensor,  # [n, ...] as the tower's preprocessor makes them
     ) -> Tensor:  # [n, D] unit norm, at least float32
         """One modality's features in the shared space."""
-        projected: Tensor = self.projections[tower](self.towers[tower](inputs))
+        return self.project(tower, self.towers[tower](inputs))
+
+    def project(
+        self,
+        tower: str,
+        pooled: Tensor,  # [n, W] as the tower gives them
+    ) -> Tensor:  # [n, D] unit norm, at least float32
+        """The second half of `encode`, for a tower whose output is known."""
+        projection = self.towers[tower].projection
+        assert isinstance(projection, nn.Module)
+        projected: Tensor = projection(pooled)
         return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Features:
-        """Features of a batch, for the towers that it has inputs for."""
+    def forward(self, inputs: Mapping[str, Tensor], pooled: Mapping[str, Tensor] | None = None) -> Features:
+        """Features of a batch, from inputs by tower, or from what frozen towers made of them before."""
         tensors = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
+        tensors |= {f"{tower}_features": self.project(tower, x) for tower, x in (pooled or {}).items()}
         return Features(tensors, self.logit_scale.exp(), self.logit_bias)
 
     @torch.no_grad()
@@ -45,10 +55,10 @@ class Model(nn.Module):
         self.logit_scale.clamp_(max=math.log(self.max_logit_scale))
 
     def tower_parameters(self, tower: str) -> list[nn.Parameter]:
-        """The parameters of a tower and its projection."""
-        return [*self.towers[tower].parameters(), *self.projections[tower].parameters()]
+        """The parameters of a tower, its projection among them."""
+        return list(self.towers[tower].parameters())
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by tower (with its projection), and in all."""
+        """Parameters by tower, and in all."""
         counts = {tower: sum(p.numel() for p in self.tower_parameters(tower)) for tower in self.towers}
         return {**counts, "total": sum(p.numel() for p in self.parameters())}

@@ -16,13 +16,14 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    Strict,
     ValidationError,
     model_serializer,
     model_validator,
@@ -55,6 +56,11 @@ def problem(message: str, *path: str | int, value: object = None) -> InitErrorDe
     return InitErrorDetails(
         type=PydanticCustomError("problem", "{message}", {"message": message}), loc=path, input=value
     )
+
+
+T = TypeVar("T")
+Operational = Annotated[T, "operational"]
+"""Marks a field that changes where, how fast or how often watched, and not what is computed."""
 
 
 class Section(BaseModel):
@@ -97,9 +103,14 @@ class Part(Section, ABC):
         """Which of the contracts on this page the part fills."""
         return next(base for base in cls.__mro__ if base.__module__ == __name__)
 
+    @classmethod
+    def target(cls) -> str:
+        """What `_target_` says of this part."""
+        return f"{cls.__module__}.{cls.__qualname__}"
+
     @model_serializer(mode="wrap")
     def _name_target(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **handler(self)}
+        return {"_target_": self.target(), **handler(self)}
 
 
 P = TypeVar("P", bound=Part)
@@ -208,6 +219,9 @@ class Augment(Part):
 class Preprocessor(Protocol):
     """From a sample's input to the tensor that a tower reads; runs in the data workers."""
 
+    num_truncated: int
+    """Inputs that were cut to fit, by this copy, so far."""
+
     def __call__(self, value: Any, rng: Random | None) -> Tensor:
         """`rng` is None in evaluation, where nothing is random."""
 
@@ -216,20 +230,50 @@ class Preprocessor(Protocol):
 
 
 class TowerModule(nn.Module, ABC):
-    """What a tower builds: from preprocessed inputs to one vector a sample."""
+    """What a tower builds: from preprocessed inputs to one vector a sample, and from there into the shared space."""
 
     width: int
     """W, of the output."""
+    projection: nn.Module
+    """From [n, W] to [n, D]; the model calls it behind the tower."""
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:
         """From [n, ...] as preprocessed, on the device, to pooled features [n, W]."""
 
-    def projection(self, embed_dim: int) -> nn.Module:
-        """From [n, W] to [n, D]: linear without bias, as in CLIP; identity for a tower that projects by itself."""
-        linear = nn.Linear(self.width, embed_dim, bias=False)
-        nn.init.normal_(linear.weight, std=self.width**-0.5)
-        return linear
+    @abstractmethod
+    def depths(self) -> list[list[nn.Parameter]]:
+        """All parameters but the projection's, once each, by depth: what precedes the blocks, then block by block.
+
+        What follows the last block (a norm) is with the last block.
+        """
+
+
+class Tuning(Section):
+    """How a tower's weights are trained, or that they are not."""
+
+    frozen: Literal["none", "tower", "all"] = "none"
+    """Whether the tower stays as it is: "tower" leaves its projection to be trained, "all" does not (LiT)."""
+    unfrozen_blocks: int = Field(default=0, ge=0)
+    """So many of the last blocks of a frozen tower are trained all the same."""
+    frozen_names: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Parameters that stay as they are, by name within the tower, with wildcards: "net.*embedding*"."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of this tower, instead of the optimizer's."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of this tower's matrices, instead of the optimizer's."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """The learning rate of a block is that of the next one times this; the projection has the tower's own."""
+    keep_features: bool = False
+    """Compute the features of a wholly frozen tower once, before training, and read them instead of its inputs."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.unfrozen_blocks and self.frozen == "none":
+            raise ValueError("unfrozen_blocks is about a frozen tower: frozen is none")
+        if self.keep_features and (self.frozen == "none" or self.unfrozen_blocks):
+            raise ValueError("keep_features needs a tower that is wholly frozen: frozen=tower or all, unfrozen_blocks=0")
+        return self
 
 
 class Tower(Part):
@@ -238,34 +282,46 @@ class Tower(Part):
     reads: ClassVar[str]
     """The sample's input that this tower takes: "image", "text"."""
 
+    tuning: Tuning = Tuning()
+    """What of it is trained, and at which rate."""
+
     @abstractmethod
     def preprocessor(self, captions: Callable[[], Iterable[str]], augment: Augment, saved: Path | None) -> Preprocessor:
         """Made for a new run from the training `captions`, or as it was `saved` in a checkpoint's folder."""
 
     @abstractmethod
     def build(self, preprocessor: Any, embed_dim: int) -> TowerModule:
-        """The module, randomly initialised, for what this tower's own `preprocessor` makes."""
+        """The module, randomly initialised unless it says otherwise, for what its own `preprocessor` makes.
+
+        ValueError where the settings do not fit each other, or what the preprocessor makes.
+        """
 
 
 class Encoding(Protocol):
-    """Text to token ids, padded to the context."""
+    """Text to token ids."""
 
     vocab_size: int
+    """Ids are below it."""
+    pad: int
+    """The id that fills up the context."""
+    end: int | None
+    """The id of the last token of every text; None if texts do not end in a token of their own."""
 
-    def __call__(self, text: str) -> Tensor:
-        """int64 [L]."""
+    def __call__(self, text: str) -> list[int]:
+        """All ids of a text, however long, with its marks of start and end."""
 
     def decode(self, ids: Tensor) -> str:
         """The text that the ids [L] stand for, without padding and marks of start and end."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write what `Tokenizer.build` needs to make this again."""
 
 
 class Tokenizer(Part):
     """How a text tower cuts captions into tokens."""
 
     @abstractmethod
-    def build(self, captions: Callable[[], Iterable[str]], context_length: int, saved: Path | None) -> Encoding:
+    def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> Encoding:
         """Trained on `captions`, if it learns its vocabulary, or read from `saved`, a checkpoint's folder."""
 
 

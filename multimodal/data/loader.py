@@ -30,6 +30,7 @@ class _Row:
     inputs: dict[str, Tensor]
     index: int
     replaced: tuple[str, ...]
+    truncated: int
 
 
 class _Rows(Dataset[_Row]):
@@ -42,23 +43,28 @@ class _Rows(Dataset[_Row]):
         epoch, index = position
         rng = Random(f"{self.seed}/{epoch}/{index}")
         replaced: list[str] = []
+        before = self._truncated()
         while len(replaced) < MAX_ATTEMPTS:
             try:
                 sample = self.source[index]
                 inputs = {
                     name: reader.preprocessor(sample.inputs[reader.reads], rng) for name, reader in self.readers.items()
                 }
-                return _Row(inputs, index, tuple(replaced))
+                return _Row(inputs, index, tuple(replaced), self._truncated() - before)
             except BadSample as error:
                 replaced.append(str(error))
                 index = rng.randrange(len(self.source))
         raise BadSample(f"{MAX_ATTEMPTS} samples in a row are broken, the last one {replaced[-1]}")
 
+    def _truncated(self) -> int:
+        return sum(reader.preprocessor.num_truncated for reader in self.readers.values())
+
 
 def _collate(rows: list[_Row]) -> Batch:
     inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
     replaced = [line for row in rows for line in row.replaced]
-    return Batch(inputs, torch.tensor([row.index for row in rows]), replaced)
+    indices, truncated = torch.tensor([row.index for row in rows]), sum(row.truncated for row in rows)
+    return Batch(inputs, indices, replaced, truncated)
 
 
 def quiet_worker(_: int) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
-import torch
 from pydantic import Field
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -18,18 +17,16 @@ PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 
 
 class _Encoding:
-    def __init__(self, vocabulary: Vocabulary, context_length: int) -> None:
+    pad = 0
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
-        self.context_length = context_length
         self.vocab_size = vocabulary.get_vocab_size()
         self.start, self.end = vocabulary.token_to_id(START), vocabulary.token_to_id(END)
 
-    def __call__(self, text: str) -> Tensor:
-        tokens = self.vocabulary.encode(text).ids[: self.context_length - 2]
-        ids = torch.zeros(self.context_length, dtype=torch.long)  # 0 pads
-        ids[: len(tokens) + 2] = torch.tensor([self.start, *tokens, self.end])
-        return ids
+    def __call__(self, text: str) -> list[int]:
+        return [self.start, *self.vocabulary.encode(text).ids, self.end]
 
     def decode(self, ids: Tensor) -> str:
         text: str = self.vocabulary.decode(ids.tolist(), skip_special_tokens=True)
@@ -64,8 +61,8 @@ class ByteBPE(Tokenizer):
     max_captions: int = Field(gt=0)
     """Learn from at most so many captions, the first ones."""
 
-    def build(self, captions: Callable[[], Iterable[str]], context_length: int, saved: Path | None) -> _Encoding:
+    def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> _Encoding:
         if saved is not None:
-            return _Encoding(Vocabulary.from_file(str(saved / FILE)), context_length)
+            return _Encoding(Vocabulary.from_file(str(saved / FILE)))
         text = distributed.on_first_rank(lambda: train(islice(captions(), self.max_captions), self.vocab_size).to_str())
-        return _Encoding(Vocabulary.from_str(text), context_length)
+        return _Encoding(Vocabulary.from_str(text))

@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
 
 class _Encoding:
+    pad = 0
+
     def __init__(self, tokenizer: "SimpleTokenizer") -> None:
         self.tokenizer = tokenizer
         self.vocab_size: int = tokenizer.vocab_size
+        self.start: int = tokenizer.sot_token_id
+        self.end: int = tokenizer.eot_token_id
 
-    def __call__(self, text: str) -> Tensor:
-        ids: Tensor = self.tokenizer(text)[0]
-        return ids
+    def __call__(self, text: str) -> list[int]:
+        return [self.start, *self.tokenizer.encode(text), self.end]
 
     def decode(self, ids: Tensor) -> str:
-        tokens = ids[1 : int(ids.argmax())].tolist()  # the end token has the highest id
+        tokens = ids[1 : int((ids == self.end).int().argmax())].tolist()
         text: str = self.tokenizer.decode(tokens)
         return text.strip()
 
@@ -36,7 +39,7 @@ class ClipBPE(Tokenizer):
     Its table is most of a small model's weights; for those a vocabulary trained on the captions (`byte_bpe`) is better.
     """
 
-    def build(self, captions: Callable[[], Iterable[str]], context_length: int, saved: Path | None) -> _Encoding:
+    def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> _Encoding:
         from open_clip.tokenizer import SimpleTokenizer
 
-        return _Encoding(SimpleTokenizer(context_length=context_length))
+        return _Encoding(SimpleTokenizer())

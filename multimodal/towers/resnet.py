@@ -8,13 +8,15 @@ from torch import nn
 
 from multimodal.towers.batch_norm import normalise_globally
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+from multimodal.towers.transformer import depths
 
 
-class _SelfProjecting(ImageEncoder):
-    """Attention pooling ends in a projection of its own."""
+class ResNetEncoder(ImageEncoder):
+    """The network is open_clip's `ModifiedResNet`; its attention pooling ends in a projection of its own."""
 
-    def projection(self, embed_dim: int) -> nn.Module:
-        return nn.Identity()
+    def depths(self) -> list[list[nn.Parameter]]:
+        blocks = nn.ModuleList(block for k in (1, 2, 3, 4) for block in getattr(self.net, f"layer{k}"))
+        return depths(self.net, blocks, self.net.attnpool)
 
 
 class ResNet(ImageTower):
@@ -38,10 +40,10 @@ class ResNet(ImageTower):
             raise ValueError(f"32 times width {self.width} is not divisible by heads {self.heads}")
         return self
 
-    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ImageEncoder:
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ResNetEncoder:
         from open_clip.modified_resnet import ModifiedResNet
 
         net = ModifiedResNet(list(self.layers), embed_dim, self.heads, self.image_size, self.width)
         normalise_globally(net)
         net.to(memory_format=torch.channels_last)  # 1.3 times as fast on a CPU, with the same result
-        return _SelfProjecting(net, embed_dim, self.mean, self.std)
+        return ResNetEncoder(net, nn.Identity(), embed_dim, self.mean, self.std)

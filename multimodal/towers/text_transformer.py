@@ -1,55 +1,33 @@
 """The text transformer of CLIP, as open_clip builds it."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from random import Random
-from typing import ClassVar, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from multimodal.parts import Augment, Encoding, Tokenizer, Tower, TowerModule
+from multimodal.parts import Operational
+from multimodal.towers.projection import Projection, projection
+from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
+from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
 
 
-@dataclass(frozen=True)
-class TextPreprocessor:
-    """From a caption, or several of which one is drawn (the first, in evaluation), to token ids int64 [L]."""
-
-    encoding: Encoding
-
-    def __call__(self, value: str | tuple[str, ...], rng: Random | None) -> Tensor:
-        if not isinstance(value, str):
-            value = value[0] if rng is None else rng.choice(value)
-        return self.encoding(value)
-
-    def save(self, folder: Path) -> None:
-        self.encoding.save(folder)
-
-
-class TextEncoder(TowerModule):
-    """A network on token ids."""
-
-    def __init__(self, net: nn.Module, width: int) -> None:
-        super().__init__()
-        self.net = net
-        self.width = width
+class TextTransformerEncoder(TextEncoder):
+    """The network is open_clip's `TextTransformer` without its projection."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """From int64 [n, L] to [n, W]."""
         features: Tensor = self.net(inputs)
         return features
 
+    def depths(self) -> list[list[nn.Parameter]]:
+        return depths(self.net, self.net.transformer.resblocks, self.net.ln_final)
 
-class TextTransformer(Tower):
-    """Causal transformer over tokens in CLIP's form; the end token, which has the highest id, is pooled."""
 
-    reads: ClassVar[str] = "text"
+class TextTransformer(TextTower):
+    """Transformer over tokens: causal with the end token pooled in CLIP, both ways with the last position in SigLIP."""
 
-    tokenizer: Tokenizer
-    """How captions are cut into tokens."""
-    context_length: int = Field(ge=3)
-    """Tokens in a caption, start and end included; longer ones are cut, keeping the end."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the token table; null for as many as the tokenizer has."""
     width: int = Field(gt=0)
     """Width of the residual stream."""
     layers: int = Field(gt=0)
@@ -58,28 +36,63 @@ class TextTransformer(Tower):
     """Attention heads; divides the width."""
     mlp_ratio: float = Field(gt=0)
     """Hidden width of a block's MLP, as a multiple of the width."""
+    causal: bool = True
+    """Whether a token attends only to those before it."""
+    mask_padding: bool = False
+    """Whether tokens are kept from attending to padding, where attention goes both ways; SigLIP lets them."""
+    pool: Literal["end", "first", "last"] = "end"
+    """Which token stands for the caption: the end token, or the first or last place in the context."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Share of samples that the last block leaves as they are in training; fewer in earlier blocks, none in the first."""
+    layer_scale: float | None = Field(default=None, gt=0)
+    """Learnt factors on the branches of blocks start at this; null for none."""
+    activation: Activation = "gelu"
+    """Of the MLPs; quick_gelu in OpenAI's weights."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to variances in layer norms."""
+    projection: Projection = "linear"
+    """How the shared space is reached."""
+    grad_checkpointing: Operational[bool] = False
+    """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.mask_padding and self.causal:
+            raise ValueError("mask_padding is for attention both ways (causal=false): causal attention sees no padding")
+        if self.pool == "first" and self.causal:
+            raise ValueError("pool=first needs causal=false: the first token attends to itself alone")
+        if self.pool == "last" and self.mask_padding:
+            raise ValueError("pool=last may be padding, which mask_padding hides: pool=end or first")
         return self
 
-    def preprocessor(
-        self, captions: Callable[[], Iterable[str]], augment: Augment, saved: Path | None
-    ) -> TextPreprocessor:
-        return TextPreprocessor(self.tokenizer.build(captions, self.context_length, saved))
-
-    def build(self, preprocessor: TextPreprocessor, embed_dim: int) -> TextEncoder:
+    def build(self, preprocessor: TextPreprocessor, embed_dim: int) -> TextTransformerEncoder:
         from open_clip.transformer import TextTransformer as Net
 
+        encoding = preprocessor.encoding
+        rows = self.vocab_size or encoding.vocab_size
+        if encoding.vocab_size > rows:
+            raise ValueError(f"the tokenizer has {encoding.vocab_size} tokens, the table only vocab_size={rows}")
+        if self.pool == "end" and encoding.end is None:
+            raise ValueError("pool=end needs a tokenizer that marks the end of a text: pool=last, or another tokenizer")
         net = Net(
             context_length=self.context_length,
-            vocab_size=preprocessor.encoding.vocab_size,
+            vocab_size=rows,
             width=self.width,
             heads=self.heads,
             layers=self.layers,
             mlp_ratio=self.mlp_ratio,
+            ls_init_value=self.layer_scale,
             output_dim=None,
+            no_causal_mask=not self.causal,
+            use_pad_mask=self.mask_padding,
+            pad_id=encoding.pad,
+            eos_id=encoding.end,
+            pool_type="eos" if self.pool == "end" else self.pool,
+            act_layer=activation_layer(self.activation),
+            norm_layer=norm_layer(self.norm_eps),
         )
-        return TextEncoder(net, self.width)
+        net.set_grad_checkpointing(self.grad_checkpointing)
+        add_drop_path(net.transformer.resblocks, self.drop_path)
+        return TextTransformerEncoder(net, projection(self.projection, self.width, embed_dim), self.width)

@@ -3,8 +3,20 @@
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
+from torch import nn
 
+from multimodal.parts import Operational
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+from multimodal.towers.projection import Projection, projection
+from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
+
+
+class ViTEncoder(ImageEncoder):
+    """The network is open_clip's `VisionTransformer` without its projection."""
+
+    def depths(self) -> list[list[nn.Parameter]]:
+        last = nn.ModuleList([self.net.ln_post, *([self.net.attn_pool] if self.net.attn_pool is not None else [])])
+        return depths(self.net, self.net.transformer.resblocks, last)
 
 
 class ViT(ImageTower):
@@ -20,10 +32,30 @@ class ViT(ImageTower):
     """Attention heads; divides the width."""
     mlp_ratio: float = Field(gt=0)
     """Hidden width of a block's MLP, as a multiple of the width."""
-    pool: Literal["tok", "avg"]
-    """What stands for the image: the class token, or the mean of the patches."""
+    pool: Literal["tok", "avg", "attn"]
+    """What stands for the image: the class token, the mean of the patches, or a learnt query that attends to all."""
+    pool_queries: int = Field(default=256, gt=0)
+    """Queries of pool=attn, the first of which stands for the image (256 in CoCa)."""
+    pool_heads: int = Field(default=8, gt=0)
+    """Attention heads of pool=attn; divides model.embed_dim."""
     patch_dropout: float = Field(ge=0, lt=1)
     """Share of patches left out in training (FLIP, Li et al. 2023)."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Share of samples that the last block leaves as they are in training; fewer in earlier blocks, none in the first."""
+    layer_scale: float | None = Field(default=None, gt=0)
+    """Learnt factors on the branches of blocks start at this; null for none."""
+    activation: Activation = "gelu"
+    """Of the MLPs; quick_gelu in OpenAI's weights."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to variances in layer norms."""
+    norm_first: bool = True
+    """Whether there is a layer norm before the blocks."""
+    norm_after_pool: bool = False
+    """Whether the last layer norm comes after pooling instead of before."""
+    projection: Projection = "linear"
+    """How the shared space is reached."""
+    grad_checkpointing: Operational[bool] = False
+    """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -33,9 +65,11 @@ class ViT(ImageTower):
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         return self
 
-    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ImageEncoder:
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ViTEncoder:
         from open_clip.transformer import VisionTransformer
 
+        if self.pool == "attn" and embed_dim % self.pool_heads:
+            raise ValueError(f"pool_heads {self.pool_heads} does not divide model.embed_dim={embed_dim}")
         net = VisionTransformer(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -43,8 +77,20 @@ class ViT(ImageTower):
             layers=self.layers,
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
+            ls_init_value=self.layer_scale,
+            attentional_pool=self.pool == "attn",
+            attn_pooler_queries=self.pool_queries,
+            attn_pooler_heads=self.pool_heads,
+            output_dim=embed_dim,
             patch_dropout=self.patch_dropout,
-            pool_type=self.pool,
+            no_ln_pre=not self.norm_first,
+            pool_type="tok" if self.pool == "attn" else self.pool,
+            final_ln_after_pool=self.norm_after_pool,
+            act_layer=activation_layer(self.activation),
+            norm_layer=norm_layer(self.norm_eps),
         )
         net.proj = None
-        return ImageEncoder(net, self.width, self.mean, self.std)
+        net.set_grad_checkpointing(self.grad_checkpointing)
+        add_drop_path(net.transformer.resblocks, self.drop_path)
+        width = embed_dim if self.pool == "attn" else self.width
+        return ViTEncoder(net, projection(self.projection, width, embed_dim), width, self.mean, self.std)

@@ -1,0 +1,27 @@
+"""From a tower's own width into the shared space."""
+
+from typing import Literal
+
+from torch import nn
+
+Projection = Literal["linear", "linear_bias", "mlp", "none"]
+
+
+def projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
+    """From [n, W] to [n, D]: a matrix, as in CLIP; one with bias, as in SigLIP; one hidden layer between two matrices,
+    as in open_clip's Hugging Face towers; or nothing.
+
+    ValueError if it is nothing and the widths do not meet.
+    """  # noqa: D205
+    if kind == "none":
+        if width != embed_dim:
+            raise ValueError(f"projection=none needs a tower as wide as model.embed_dim={embed_dim}: this one has {width}")
+        return nn.Identity()
+    if kind == "mlp":
+        hidden = (width + embed_dim) // 2
+        return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
+    linear = nn.Linear(width, embed_dim, bias=kind == "linear_bias")
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear
