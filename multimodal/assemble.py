@@ -133,6 +133,10 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
             towers[name] = tower.build(preprocessor, config.model.embed_dim)
     problems.report()
     model = Model(towers, config.model).to(device)
+    for name, tower in config.towers.items():
+        with problems.at(f"towers.{name}.tuning"):
+            model.freeze({name: tower.tuning})
+    problems.report()
     return Assembled(readers, model, native_precision(device) if config.precision == "auto" else config.precision)
 
 

@@ -40,6 +40,8 @@ class TrainerState(BaseModel):
     """The step that had it."""
     broken: int = 0
     """Samples replaced so far."""
+    truncated: int = 0
+    """Captions cut to fit the context so far."""
     log_bytes: int = 0
     """Length of metrics.jsonl; what is behind it belongs to steps that will be taken again."""
 

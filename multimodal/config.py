@@ -157,6 +157,12 @@ def _evaluations_find_their_towers(config: "TrainConfig") -> Findings:
             yield f"evals.{name}", f"needs towers named {', '.join(missing)}; there are: {', '.join(config.towers)}"
 
 
+def _kept_features_stay_the_same(config: "TrainConfig") -> Findings:
+    for name, tower in config.towers.items():
+        if tower.tuning.keep_features and tower.reads == "image" and config.augment.random:
+            yield f"towers.{name}.tuning.keep_features", "images differ each time they are augmented: augment=none"
+
+
 def _scale_below_its_limit(config: "TrainConfig") -> Findings:
     if config.model.logit_scale > config.model.max_logit_scale:
         limit = config.model.max_logit_scale
@@ -183,6 +189,7 @@ class TrainConfig(Config):
         _ranks_divide_the_batch,
         _best_is_evaluated,
         _evaluations_find_their_towers,
+        _kept_features_stay_the_same,
         _scale_below_its_limit,
         _only_checkpoints_by_the_clock,
     )

@@ -1,7 +1,9 @@
 """The model: towers, projections, scale and bias. Everything that is learnt lives here."""
 
+import fnmatch
 import math
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from multimodal.batch import Features
 from multimodal.config import ModelSection
-from multimodal.parts import TowerModule
+from multimodal.parts import TowerModule, Tuning
 
 
 class Model(nn.Module):
@@ -48,6 +50,38 @@ class Model(nn.Module):
         tensors = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
         tensors |= {f"{tower}_features": self.project(tower, x) for tower, x in (pooled or {}).items()}
         return Features(tensors, self.logit_scale.exp(), self.logit_bias)
+
+    def freeze(self, tunings: Mapping[str, Tuning]) -> None:
+        """Stop the training of what the `tunings` of towers say is frozen; ValueError if a pattern names nothing."""
+        for name, tuning in tunings.items():
+            tower = self.towers[name]
+            assert isinstance(tower, TowerModule)
+            depths = tower.depths()
+            if tuning.unfrozen_blocks >= len(depths):
+                blocks = len(depths) - 1
+                raise ValueError(f"unfrozen_blocks={tuning.unfrozen_blocks} leaves nothing frozen of {blocks} blocks")
+            if tuning.frozen != "none":
+                for parameters in depths[: len(depths) - tuning.unfrozen_blocks]:
+                    for parameter in parameters:
+                        parameter.requires_grad_(False)
+            if tuning.frozen == "all":
+                tower.projection.requires_grad_(False)
+            for pattern in tuning.frozen_names:
+                found = [p for k, p in tower.named_parameters() if fnmatch.fnmatchcase(k, pattern)]
+                if not found:
+                    names = ", ".join([k for k, _ in tower.named_parameters()][:5])
+                    raise ValueError(f"frozen_names: no parameter is named '{pattern}'; there are {names}, ...")
+                for parameter in found:
+                    parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but modules whose weights are all frozen stay in evaluation mode: nothing of them changes."""
+        super().train(mode)
+        for module in self.modules():
+            weights = list(module.parameters())
+            if weights and not any(weight.requires_grad for weight in weights):
+                module.eval()
+        return self
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -1,25 +1,46 @@
 """Parameter groups, optimizers, and schedules as pure functions of the step."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, Strict
 from torch import nn
 
-from multimodal.parts import Optimizer, Schedule
+from multimodal.model import Model
+from multimodal.parts import Optimizer, Schedule, TowerModule, Tuning
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and gains, biases and scales (fewer than two dimensions), which do not.
+def parameter_groups(model: Model, optimizer: Optimizer, tunings: Mapping[str, Tuning]) -> list[dict[str, Any]]:
+    """What is trained, in groups of the same peak learning rate (`lr` and `peak_lr`) and weight decay.
 
-    The rule is open_clip's.
+    Matrices decay; gains, biases and scales (fewer than two dimensions) do not, as in open_clip. With a layer decay d,
+    a tower's projection has the tower's rate, its last block d times that, the one before d**2 times, and what
+    precedes the first of n blocks d**(n + 1) times (Bao et al. 2022, BEiT). ValueError if nothing is left to train.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    seen: set[int] = set()
+
+    def add(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                groups.setdefault((lr, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+
+    for name, tuning in tunings.items():
+        tower = model.towers[name]
+        assert isinstance(tower, TowerModule)
+        lr = optimizer.lr if tuning.lr is None else tuning.lr
+        weight_decay = optimizer.weight_decay if tuning.weight_decay is None else tuning.weight_decay
+        depths = tower.depths()
+        for depth, parameters in enumerate(depths):
+            add(parameters, lr * tuning.layer_decay ** (len(depths) - depth), weight_decay)
+        add(tower.projection.parameters(), lr, weight_decay)
+    add(model.parameters(), optimizer.lr, optimizer.weight_decay)
+    if not groups:
+        raise ValueError("every weight is frozen: nothing is left to train")
+    return [{"params": p, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
 
 
 class AdamW(Optimizer):

@@ -208,6 +208,9 @@ class Dataset(Part):
 class Augment(Part):
     """A random change to a training image; `rng` is a function of (seed, epoch, index), so that it can be repeated."""
 
+    random: ClassVar[bool] = True
+    """Whether an image may become another one each time."""
+
     @abstractmethod
     def __call__(self, image: "Image", size: int, rng: Random) -> "Image":
         """The image, `size` pixels square, or any other size to be resized and cropped as in evaluation."""
@@ -219,8 +222,9 @@ class Augment(Part):
 class Preprocessor(Protocol):
     """From a sample's input to the tensor that a tower reads; runs in the data workers."""
 
-    num_truncated: int
-    """Inputs that were cut to fit, by this copy, so far."""
+    @property
+    def num_truncated(self) -> int:
+        """Inputs that were cut to fit, by this copy, so far."""
 
     def __call__(self, value: Any, rng: Random | None) -> Tensor:
         """`rng` is None in evaluation, where nothing is random."""
@@ -272,7 +276,7 @@ class Tuning(Section):
         if self.unfrozen_blocks and self.frozen == "none":
             raise ValueError("unfrozen_blocks is about a frozen tower: frozen is none")
         if self.keep_features and (self.frozen == "none" or self.unfrozen_blocks):
-            raise ValueError("keep_features needs a tower that is wholly frozen: frozen=tower or all, unfrozen_blocks=0")
+            raise ValueError("keep_features needs a wholly frozen tower: frozen=tower or all, unfrozen_blocks=0")
         return self
 
 
@@ -304,8 +308,10 @@ class Encoding(Protocol):
     """Ids are below it."""
     pad: int
     """The id that fills up the context."""
-    end: int | None
-    """The id of the last token of every text; None if texts do not end in a token of their own."""
+
+    @property
+    def end(self) -> int | None:
+        """The id of the last token of every text; None if texts do not end in a token of their own."""
 
     def __call__(self, text: str) -> list[int]:
         """All ids of a text, however long, with its marks of start and end."""

@@ -40,7 +40,7 @@ def training_step(
     A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0.
     """
     with context:
-        features = model(batch.inputs)
+        features = model(batch.inputs, batch.pooled)
     terms = {name: loss(features) for name, loss in losses.items()}
     total = torch.stack([losses[name].weight * term for name, term in terms.items()]).sum()
     total.backward()  # type: ignore[no-untyped-call]

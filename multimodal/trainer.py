@@ -6,9 +6,9 @@ import math
 import secrets
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +34,7 @@ from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals import figures
+from multimodal.kept_features import keep_features
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
 from multimodal.step import seed_step, training_step
@@ -107,8 +108,8 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         exit_code = 1
         try:
-            if self.first:
-                self._open_log()
+            distributed.on_first_rank(self._open_log)
+            self.kept = keep_features(self.config, self.assembled, self.source)
             with self._stop_on_signal(), closing(self._batches()) as batches:
                 self._loop(batches)
             exit_code = 0
@@ -136,7 +137,10 @@ class Trainer:
         self.source = source
         self.assembled = assemble(config, source, last)
         self.model = self.assembled.model
-        self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer.weight_decay))
+        tunings = {name: tower.tuning for name, tower in config.towers.items()}
+        with problems.at("towers"):
+            self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, tunings))
+        problems.report()
         self.state = TrainerState(
             run_id=secrets.token_hex(4),
             num_samples=len(source),
@@ -155,7 +159,7 @@ class Trainer:
         order = Batches(
             state.num_samples, config.seed, config.global_batch_size, *ranks, start=state.step, stop=state.total_steps
         )
-        return training_batches(self.source, self.assembled.readers, order, config.seed, config.workers)
+        return training_batches(self.source, self.assembled.readers, order, config.seed, config.workers, self.kept)
 
     def _continued(self, old: TrainerState) -> TrainerState:
         """The stored state under this configuration; refused where the rest would be computed otherwise."""
@@ -218,7 +222,7 @@ class Trainer:
                 self.clock.steps += 1
                 bar.update()
 
-                stopping, save_is_due = self._vote(batch.replaced)
+                stopping, save_is_due = self._vote(batch)
                 last = state.step == state.total_steps
                 if last or self._due(config.log.every):
                     self._log_training(measured, lr, bar)
@@ -233,22 +237,23 @@ class Trainer:
 
     def _set_lr(self) -> float:
         factor = self.config.schedule(self.state.step, self.warmup_steps, self.state.total_steps)
-        lr = self.config.optimizer.lr * factor
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = group["peak_lr"] * factor
+        return self.config.optimizer.lr * factor
 
-    def _vote(self, replaced: list[str]) -> tuple[bool, bool]:
-        """What the ranks decide together: whether to stop, and whether to save; broken samples are counted."""
-        for line in replaced:
+    def _vote(self, batch: Batch) -> tuple[bool, bool]:
+        """What the ranks decide together: whether to stop, and whether to save; broken and cut samples are counted."""
+        for line in batch.replaced:
             logger.warning("replaced a broken sample: %s", line)
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.last_save) / 60
         late = every.unit == "minutes" and minutes >= every.value
-        stop, save, broken = distributed.total(self.stop_signal is not None, late, len(replaced))
+        mine = self.stop_signal is not None, late, len(batch.replaced), batch.truncated
+        stop, save, broken, truncated = distributed.total(*mine)
 
         state, limit = self.state, self.config.max_broken
         state.broken += broken
+        state.truncated += truncated
         seen = max(FIRST_BROKEN, state.step * self.config.global_batch_size)
         if state.broken > limit * seen:
             told = f"{state.broken} of {seen} samples were broken, more than max_broken={limit}"
@@ -262,8 +267,10 @@ class Trainer:
         return self.state.step % every == 0
 
     def _to_device(self, batch: Batch) -> Batch:
-        inputs = {name: x.to(self.device, non_blocking=True) for name, x in batch.inputs.items()}
-        return Batch(inputs, batch.indices, batch.replaced)
+        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.to(self.device, non_blocking=True) for name, x in tensors.items()}
+
+        return replace(batch, inputs=moved(batch.inputs), pooled=moved(batch.pooled))
 
     def _require_finite(self) -> None:
         if self.not_finite:
@@ -281,6 +288,7 @@ class Trainer:
             "train/lr": lr,
             "train/epoch": state.step / self.steps_per_epoch,
             "train/broken_samples": state.broken,
+            "train/truncated_captions": state.truncated,
             "train/samples_per_s": clock.steps * self.config.global_batch_size / clock.seconds,
             "train/data_wait": clock.waited / clock.seconds,
         }

@@ -32,7 +32,7 @@ class Run:
         self.config, self.folder = config, folder
         self.assembled = assemble(config, config.dataset.build(NOWHERE), None)
         self.model: Model = self.assembled.model
-        self.optimizer = config.optimizer.build(parameter_groups(self.model, 0.1))
+        self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, {}))
         self.train()
 
     def train(self) -> None:
@@ -73,7 +73,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_last_bit(run: Run, tiny_config:
     run.save(5)
     folder = find(run.folder)
     other = Run(tiny_config("seed=2"), run.folder)
-    assert not torch.equal(other.model.projections["text"].weight, run.model.projections["text"].weight)
+    assert not torch.equal(other.model.towers["text"].projection.weight, run.model.towers["text"].projection.weight)
     checkpoint.load_model(folder, other.model)
     checkpoint.load_optimizer(folder, other.model, other.optimizer)
     assert_equal(other.tensors(), run.tensors())

@@ -19,7 +19,7 @@ LAYERS = (
     ("config", "model", "optim", "encoder"),
     ("step", "checkpoint", "tracker", "provenance"),
     ("assemble", "run_folder"),
-    ("dry_run", "trainer"),
+    ("dry_run", "kept_features", "trainer"),
     ("cli", "__init__"),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}

@@ -1,14 +1,20 @@
 """The laws of parameter groups, optimizers and schedules."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from open_clip_train.scheduler import cosine_lr
-from torch import nn
+from torch import Tensor, nn
 
+from multimodal.config import ModelSection
+from multimodal.model import Model
 from multimodal.optim import AdamW, Cosine, parameter_groups
+from multimodal.parts import TowerModule, Tuning
 
+SECTION = ModelSection(embed_dim=2, logit_scale=10.0, max_logit_scale=100.0, learn_logit_scale=True, logit_bias=None)
 ADAMW = AdamW(lr=0.5, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
 
 
@@ -45,32 +51,129 @@ def test_the_schedule_is_that_of_open_clip(warmup: int) -> None:
         assert 0.5 * Cosine(final_lr=0.0)(step, warmup, 40) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-15)
 
 
+class Net(TowerModule):
+    """A stem, two blocks and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.stem = nn.Conv2d(3, 4, 2)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.norm = nn.LayerNorm(4)
+        self.projection = nn.Linear(4, 2, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+    def depths(self) -> list[list[nn.Parameter]]:
+        first, last = (list(block.parameters()) for block in self.blocks)
+        return [list(self.stem.parameters()), first, [*last, *self.norm.parameters()]]
+
+
+def model() -> Model:
+    return Model({"image": Net(), "text": Net()}, SECTION)
+
+
+def groups(tunings: Mapping[str, Tuning]) -> dict[str, tuple[float, float]]:
+    """By name of the parameter: its peak rate and decay."""
+    built = model()
+    built.freeze(tunings)
+    found = parameter_groups(built, ADAMW, tunings)
+    assert all(group["lr"] == group["peak_lr"] for group in found)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    placed = [(names[id(p)], (group["lr"], group["weight_decay"])) for group in found for p in group["params"]]
+    assert len(placed) == len(dict(placed))
+    return dict(placed)
+
+
 def test_matrices_decay_and_gains_biases_and_scales_do_not() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.LayerNorm(4), nn.Linear(4, 2), nn.Embedding(5, 4))
-    model.register_parameter("logit_scale", nn.Parameter(torch.tensor(1.0)))
-    decaying, others = parameter_groups(model, 0.3)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert decaying["weight_decay"] == 0.3
-    assert others["weight_decay"] == 0
-    assert {names[id(p)] for p in decaying["params"]} == {"0.weight", "2.weight", "3.weight"}
-    assert {names[id(p)] for p in others["params"]} == {"0.bias", "1.weight", "1.bias", "2.bias", "logit_scale"}
+    placed = groups({})
+    assert set(placed) == {name for name, _ in model().named_parameters()}
+    for name, parameter in model().named_parameters():
+        assert placed[name] == (0.5, 0.1 if parameter.ndim >= 2 else 0.0)
 
 
-def test_what_is_not_trained_is_in_no_group() -> None:
-    model = nn.Linear(3, 2)
-    model.bias.requires_grad = False
-    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [1, 0]
+def test_layer_wise_rates_are_those_of_the_worked_example() -> None:
+    """Peak 0.5, decay 1/2: the projection has 0.5, the last block 0.25, the first 0.125, what precedes it 0.0625."""
+    placed = groups({"image": Tuning(layer_decay=0.5), "text": Tuning(lr=0.1, weight_decay=0.01)})
+    rates = {name.removeprefix("towers.image."): rate for name, (rate, _) in placed.items() if ".image." in name}
+    assert rates == {
+        "projection.weight": 0.5,
+        "norm.weight": 0.25,
+        "norm.bias": 0.25,
+        "blocks.1.weight": 0.25,
+        "blocks.1.bias": 0.25,
+        "blocks.0.weight": 0.125,
+        "blocks.0.bias": 0.125,
+        "stem.weight": 0.0625,
+        "stem.bias": 0.0625,
+    }
+    assert placed["towers.text.blocks.0.weight"] == placed["towers.text.projection.weight"] == (0.1, 0.01)
+    assert placed["towers.text.blocks.0.bias"] == (0.1, 0)
+    assert placed["logit_scale"] == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "trained"),
+    [
+        ({"frozen": "tower"}, {"projection.weight"}),
+        ({"frozen": "all"}, set()),
+        ({"frozen": "all", "unfrozen_blocks": 1}, {"blocks.1.weight", "blocks.1.bias", "norm.weight", "norm.bias"}),
+        (
+            {"frozen_names": ("*.weight", "stem.*")},
+            {"blocks.0.bias", "blocks.1.bias", "norm.bias"},
+        ),
+    ],
+)
+def test_what_is_frozen_is_in_no_group(tuning: dict[str, Any], trained: set[str]) -> None:
+    placed = groups({"image": Tuning(**tuning)})
+    assert {name.removeprefix("towers.image.") for name in placed if ".image." in name} == trained
+    assert sum(".text." in name for name in placed) == 9
+
+
+def test_a_pattern_that_names_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'net\.\*'.*stem\.weight"):
+        model().freeze({"image": Tuning(frozen_names=("net.*",))})
+
+
+def test_as_many_unfrozen_blocks_as_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="leaves nothing frozen of 2 blocks"):
+        model().freeze({"image": Tuning(frozen="tower", unfrozen_blocks=3)})
+
+
+def test_nothing_left_to_train_is_refused() -> None:
+    built = Model({"image": Net(), "text": Net()}, SECTION.model_copy(update={"learn_logit_scale": False}))
+    tunings = {"image": Tuning(frozen="all"), "text": Tuning(frozen="all")}
+    built.freeze(tunings)
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        parameter_groups(built, ADAMW, tunings)
+
+
+def test_modules_whose_weights_are_all_frozen_stay_in_evaluation_mode() -> None:
+    built = model()
+    built.freeze({"image": Tuning(frozen="all", unfrozen_blocks=1)})
+    built.train()
+    image, text = built.towers["image"], built.towers["text"]
+    assert isinstance(image, Net)
+    assert image.training
+    assert image.blocks[1].training
+    assert not image.blocks[0].training
+    assert not image.stem.training
+    assert all(module.training for module in text.modules())
+    built.eval()
+    assert not any(module.training for module in built.modules())
 
 
 def test_decay_alone_shrinks_matrices_and_leaves_the_rest() -> None:
-    model = nn.Linear(3, 2)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = ADAMW.build(parameter_groups(model, 0.1))
-    for parameter in model.parameters():
+    built = model()
+    before = {name: p.detach().clone() for name, p in built.named_parameters()}
+    optimizer = ADAMW.build(parameter_groups(built, ADAMW, {}))
+    for parameter in built.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    torch.testing.assert_close(model.weight.detach(), before[0] * (1 - 0.5 * 0.1))
-    assert torch.equal(model.bias, before[1])
+    for name, parameter in built.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * 0.1 * (parameter.ndim >= 2)))
 
 
 def test_every_knob_of_adamw_reaches_the_optimizer() -> None:

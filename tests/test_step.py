@@ -32,10 +32,14 @@ class Small(TowerModule):
         super().__init__()
         self.width = 4
         self.net = nn.Sequential(nn.Linear(INPUTS, 7), nn.GELU(), nn.Linear(7, self.width))
+        self.projection = nn.Linear(self.width, 3, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         features: Tensor = self.net(inputs)
         return features
+
+    def depths(self) -> list[list[nn.Parameter]]:
+        return [[], *(list(self.net[k].parameters()) for k in (0, 2))]
 
 
 def small_model(**changes: Any) -> Model:
@@ -53,7 +57,8 @@ def batch(seed: int = 0) -> Batch:
 
 
 def adamw(model: Model, lr: float = LR) -> torch.optim.Optimizer:
-    return AdamW(lr=lr, weight_decay=DECAY, betas=BETAS, eps=EPS).build(parameter_groups(model, DECAY))
+    part = AdamW(lr=lr, weight_decay=DECAY, betas=BETAS, eps=EPS)
+    return part.build(parameter_groups(model, part, {}))
 
 
 def step(
@@ -71,7 +76,7 @@ def by_hand(model: Model, optimizer: torch.optim.Optimizer, data: Batch, max_gra
     """The step in plain torch, by the formula of the paper."""
     optimizer.zero_grad()
     x, y = (
-        F.normalize(model.towers[k](data.inputs[k]) @ model.projections[k].weight.T, dim=-1)  # type: ignore[operator]
+        F.normalize(model.towers[k](data.inputs[k]) @ model.towers[k].projection.weight.T, dim=-1)  # type: ignore[union-attr,operator]
         for k in ("image", "text")
     )
     logits = model.logit_scale.exp() * x @ y.T
@@ -88,7 +93,8 @@ def by_hand(model: Model, optimizer: torch.optim.Optimizer, data: Batch, max_gra
 def test_a_step_is_the_step_written_by_hand(max_grad_norm: float | None) -> None:
     ours, theirs = small_model(), small_model()
     optimizer = adamw(ours)
-    plain = torch.optim.AdamW(parameter_groups(theirs, DECAY), lr=LR, betas=BETAS, eps=EPS, fused=False, foreach=False)
+    groups = [{**group, "fused": False, "foreach": False} for group in adamw(theirs).param_groups]
+    plain = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=False, foreach=False)
     before = copy.deepcopy(ours.state_dict())
     for number in range(3):
         measured = step(ours, optimizer, batch(number), max_grad_norm=max_grad_norm)
@@ -195,7 +201,6 @@ def test_the_scale_stays_at_or_below_its_limit(limit: float) -> None:
     model = small_model(logit_scale=20.0, max_logit_scale=limit)
     with torch.no_grad():
         model.towers["text"].load_state_dict(model.towers["image"].state_dict())
-        model.projections["text"].load_state_dict(model.projections["image"].state_dict())
     data = batch()
     aligned = Batch({"image": data.inputs["image"], "text": data.inputs["image"]}, data.indices)
     scale = step(model, adamw(model, lr=0.3), aligned)["logit_scale"]

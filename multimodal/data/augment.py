@@ -2,7 +2,7 @@
 
 import math
 from random import Random
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from PIL import Image, ImageEnhance
 from pydantic import Field, Strict, field_validator
@@ -18,6 +18,8 @@ NUM_ATTEMPTS = 10  # to find a crop that fits, as in torchvision
 
 class Keep(Augment):
     """The image unchanged: training images are resized and cropped as in evaluation."""
+
+    random: ClassVar[bool] = False
 
     def __call__(self, image: Image.Image, size: int, rng: Random) -> Image.Image:
         return image

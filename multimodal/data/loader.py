@@ -1,9 +1,10 @@
 """From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
 
 import signal
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from random import Random
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from multimodal.data.order import Batches, Position
 from multimodal.parts import BadSample, Preprocessor, Source
 
 MAX_ATTEMPTS = 100
+
+Kept = Callable[[int], Tensor]
+"""The features [W] of a sample that a frozen tower made before; BadSample where it could not."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Reader:
 @dataclass(frozen=True)
 class _Row:
     inputs: dict[str, Tensor]
+    pooled: dict[str, Tensor]
     index: int
     replaced: tuple[str, ...]
     truncated: int
@@ -36,8 +41,10 @@ class _Row:
 class _Rows(Dataset[_Row]):
     """The training sample at a position, or, where that is broken, one drawn from (seed, epoch, index)."""
 
-    def __init__(self, source: Source, readers: Mapping[str, Reader], seed: int) -> None:
-        self.source, self.readers, self.seed = source, readers, seed
+    def __init__(self, source: Source, readers: Mapping[str, Reader], seed: int, kept: Mapping[str, Kept]) -> None:
+        self.source, self.seed, self.kept = source, seed, kept
+        self.readers = {name: reader for name, reader in readers.items() if name not in kept}
+        self.only_captions = all(reader.reads == "text" for reader in self.readers.values())
 
     def __getitem__(self, position: Position) -> _Row:
         epoch, index = position
@@ -46,11 +53,10 @@ class _Rows(Dataset[_Row]):
         before = self._truncated()
         while len(replaced) < MAX_ATTEMPTS:
             try:
-                sample = self.source[index]
-                inputs = {
-                    name: reader.preprocessor(sample.inputs[reader.reads], rng) for name, reader in self.readers.items()
-                }
-                return _Row(inputs, index, tuple(replaced), self._truncated() - before)
+                pooled = {name: kept(index) for name, kept in self.kept.items()}
+                read = {"text": self.source.captions(index)} if self.only_captions else self.source[index].inputs
+                inputs = {name: reader.preprocessor(read[reader.reads], rng) for name, reader in self.readers.items()}
+                return _Row(inputs, pooled, index, tuple(replaced), self._truncated() - before)
             except BadSample as error:
                 replaced.append(str(error))
                 index = rng.randrange(len(self.source))
@@ -62,9 +68,10 @@ class _Rows(Dataset[_Row]):
 
 def _collate(rows: list[_Row]) -> Batch:
     inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
+    pooled = {name: torch.stack([row.pooled[name] for row in rows]) for name in rows[0].pooled}
     replaced = [line for row in rows for line in row.replaced]
     indices, truncated = torch.tensor([row.index for row in rows]), sum(row.truncated for row in rows)
-    return Batch(inputs, indices, replaced, truncated)
+    return Batch(inputs, indices, replaced, truncated, pooled)
 
 
 def quiet_worker(_: int) -> None:
@@ -74,14 +81,19 @@ def quiet_worker(_: int) -> None:
 
 
 def training_batches(
-    source: Source, readers: Mapping[str, Reader], order: Batches, seed: int, workers: int
+    source: Source,
+    readers: Mapping[str, Reader],
+    order: Batches,
+    seed: int,
+    workers: int,
+    kept: Mapping[str, Kept] = MappingProxyType({}),
 ) -> Generator[Batch, None, None]:
-    """The batches of `order`; the same ones whatever the number of workers.
+    """The batches of `order`; the same ones whatever the number of workers. Of `kept` towers no inputs are read.
 
     To be closed: workers do not heed stop signals, so a process that fails must send them home before it can end.
     """
     loader: DataLoader[Batch] = DataLoader(
-        _Rows(source, readers, seed),  # type: ignore[arg-type]
+        _Rows(source, readers, seed, kept),  # type: ignore[arg-type]
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,

@@ -23,7 +23,8 @@ class _Encoding:
         self.vocabulary = vocabulary
         vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
         self.vocab_size = vocabulary.get_vocab_size()
-        self.start, self.end = vocabulary.token_to_id(START), vocabulary.token_to_id(END)
+        self.end: int = self.vocab_size - 1
+        self.start: int = self.end - 1
 
     def __call__(self, text: str) -> list[int]:
         return [self.start, *self.vocabulary.encode(text).ids, self.end]

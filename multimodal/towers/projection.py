@@ -8,14 +8,13 @@ Projection = Literal["linear", "linear_bias", "mlp", "none"]
 
 
 def projection(kind: Projection, width: int, embed_dim: int) -> nn.Module:
-    """From [n, W] to [n, D]: a matrix, as in CLIP; one with bias, as in SigLIP; one hidden layer between two matrices,
-    as in open_clip's Hugging Face towers; or nothing.
+    """From [n, W] to [n, D]: a matrix, as in CLIP, with bias in SigLIP; two around a GELU; or nothing.
 
-    ValueError if it is nothing and the widths do not meet.
-    """  # noqa: D205
+    The latter two are those of open_clip's Hugging Face towers. ValueError if it is nothing and the widths differ.
+    """
     if kind == "none":
         if width != embed_dim:
-            raise ValueError(f"projection=none needs a tower as wide as model.embed_dim={embed_dim}: this one has {width}")
+            raise ValueError(f"projection=none needs model.embed_dim={width}, the tower's width; it is {embed_dim}")
         return nn.Identity()
     if kind == "mlp":
         hidden = (width + embed_dim) // 2

@@ -43,7 +43,7 @@ class TextTransformer(TextTower):
     pool: Literal["end", "first", "last"] = "end"
     """Which token stands for the caption: the end token, or the first or last place in the context."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Share of samples that the last block leaves as they are in training; fewer in earlier blocks, none in the first."""
+    """Share of samples that the last block passes by in training; fewer in earlier blocks, none in the first."""
     layer_scale: float | None = Field(default=None, gt=0)
     """Learnt factors on the branches of blocks start at this; null for none."""
     activation: Activation = "gelu"

@@ -33,15 +33,17 @@ def add_drop_path(blocks: nn.ModuleList, rate: float) -> None:
 
     Stochastic depth (Huang et al. 2016), per sample. Hooks do it, so the names of weights stay open_clip's.
     """
-    from timm.layers import drop_path
+    from timm.layers.drop import drop_path
 
     def hook(module: nn.Module, _: Any, output: Tensor, share: float) -> Tensor:
-        return drop_path(output, share, module.training)
+        dropped: Tensor = drop_path(output, share, module.training)
+        return dropped
 
     for place, block in enumerate(blocks):
         share = rate * place / max(1, len(blocks) - 1)
         if share:
             for branch in (block.ls_1, block.ls_2):
+                assert isinstance(branch, nn.Module)
                 branch.register_forward_hook(partial(hook, share=share))
 
 

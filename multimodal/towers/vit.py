@@ -41,7 +41,7 @@ class ViT(ImageTower):
     patch_dropout: float = Field(ge=0, lt=1)
     """Share of patches left out in training (FLIP, Li et al. 2023)."""
     drop_path: float = Field(default=0.0, ge=0, lt=1)
-    """Share of samples that the last block leaves as they are in training; fewer in earlier blocks, none in the first."""
+    """Share of samples that the last block passes by in training; fewer in earlier blocks, none in the first."""
     layer_scale: float | None = Field(default=None, gt=0)
     """Learnt factors on the branches of blocks start at this; null for none."""
     activation: Activation = "gelu"

@@ -1,0 +1,153 @@
+"""Features of frozen towers, computed once before training and kept in the run's folder."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from multimodal import distributed
+from multimodal.assemble import Assembled
+from multimodal.config import ConfigError, TrainConfig
+from multimodal.data.loader import Reader, quiet_worker
+from multimodal.files import write_json
+from multimodal.parts import BadSample, Source
+
+FOLDER, BATCH = "features", 256
+
+
+class KeptFeatures:
+    """What a frozen tower made of every training sample, in a file that is mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = np.load(path, mmap_mode="r")  # float32 [num_samples, W]
+
+    def __call__(self, index: int) -> Tensor:
+        """float32 [W]; BadSample if the sample was broken when the features were computed."""
+        row = torch.from_numpy(np.array(self.rows[index]))
+        if row.isnan().all():
+            raise BadSample(f"sample {index} could not be read when {self.path} was computed")
+        return row
+
+
+class _Readable(Dataset[tuple[int, Tensor | None]]):
+    """What one tower reads of each of some samples; None where that is broken."""
+
+    def __init__(self, source: Source, reader: Reader, places: range) -> None:
+        self.source, self.reader, self.places = source, reader, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
+        index = self.places[place]
+        try:
+            return index, self.reader.preprocessor(self.source[index].inputs[self.reader.reads], None)
+        except BadSample:
+            return index, None
+
+
+def keep_features(config: TrainConfig, assembled: Assembled, source: Source) -> dict[str, KeptFeatures]:
+    """For every tower that wants it: its features of all samples, from the run's folder or computed now.
+
+    Computed once for the same weights and data; every rank computes its share. ConfigError if a sample may read
+    differently each time.
+    """
+    kept = {}
+    for name, tower in config.towers.items():
+        if tower.tuning.keep_features:
+            if tower.reads == "text":
+                _require_one_caption(name, source)
+            path = config.folder / FOLDER / f"{name}.npy"
+            made_of = _fingerprint(name, config, assembled, source)
+            if not distributed.on_first_rank(partial(_is_there, path, made_of)):
+                _compute(name, config, assembled, source, path, made_of)
+            kept[name] = KeptFeatures(path)
+    return kept
+
+
+def _require_one_caption(name: str, source: Source) -> None:
+    several = next((index for index in range(len(source)) if len(source.captions(index)) > 1), None)
+    if several is not None:
+        problem = f"sample {several} has several captions, of which another one is drawn each time"
+        raise ConfigError([(f"towers.{name}.tuning.keep_features", problem)])
+
+
+def _fingerprint(name: str, config: TrainConfig, assembled: Assembled, source: Source) -> dict[str, str | int]:
+    digest = hashlib.sha256()
+    for key, tensor in assembled.model.towers[name].state_dict().items():
+        if not key.startswith("projection."):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    described = [part.model_dump(mode="json") for part in (config.towers[name], config.dataset)]
+    return {
+        "weights": digest.hexdigest(),
+        "config": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
+        "precision": assembled.precision,
+        "num_samples": len(source),
+    }
+
+
+def _is_there(path: Path, made_of: dict[str, str | int]) -> bool:
+    facts = path.with_suffix(".json")
+    return path.exists() and facts.exists() and json.loads(facts.read_text()) == made_of
+
+
+def _batches(source: Source, reader: Reader, places: range, workers: int) -> Iterator[tuple[list[int], list[Tensor]]]:
+    loader: DataLoader[list[tuple[int, Tensor | None]]] = DataLoader(
+        _Readable(source, reader, places),  # type: ignore[arg-type]
+        batch_size=BATCH,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=quiet_worker,
+        generator=torch.Generator(),
+    )
+    for rows in loader:
+        readable = [(index, value) for index, value in rows if value is not None]
+        yield [index for index, _ in readable], [value for _, value in readable]
+
+
+@torch.no_grad()
+def _compute(
+    name: str, config: TrainConfig, assembled: Assembled, source: Source, path: Path, made_of: dict[str, str | int]
+) -> None:
+    """Every rank writes its rows of one file, which gets its name when all are done."""
+    unfinished = path.with_name(f".partial-{path.name}")
+    tower = assembled.model.towers[name]
+    shape = len(source), int(tower.width)  # type: ignore[arg-type]
+
+    def create() -> None:
+        path.parent.mkdir(exist_ok=True)
+        rows = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+        rows[:] = np.nan
+        rows.flush()
+
+    def finish() -> None:
+        unfinished.replace(path)
+        write_json(path.with_suffix(".json"), made_of)
+
+    distributed.on_first_rank(create)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    mine = range(len(source) * rank // ranks, len(source) * (rank + 1) // ranks)
+    rows = np.lib.format.open_memmap(unfinished, mode="r+")
+    training = tower.training
+    tower.eval()
+    hide = True if rank else None  # None hides it where there is no terminal
+    with tqdm(total=len(mine), desc=f"features of {name}", unit="", leave=False, disable=hide) as bar:
+        for indices, values in _batches(source, assembled.readers[name], mine, config.workers):
+            if indices:
+                with assembled.context:
+                    features = tower(torch.stack(values).to(assembled.model.logit_scale.device))
+                rows[indices] = features.float().cpu().numpy()
+            bar.update(BATCH)
+    tower.train(training)
+    rows.flush()
+    distributed.total(len(mine))  # waits for all ranks
+    distributed.on_first_rank(finish)
