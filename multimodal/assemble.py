@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from multimodal import checkpoint
 from multimodal.config import ConfigError, TrainConfig, check
@@ -142,7 +141,7 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
 
 def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:
     """The configuration and the model of a checkpoint's folder; `changes` replace operational settings."""
-    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    raw = checkpoint.load_config(folder)
     config = check({**raw, **changes}, TrainConfig)
     assembled = assemble(config, None, folder)
     checkpoint.load_model(folder, assembled.model)

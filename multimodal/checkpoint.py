@@ -9,9 +9,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from pydantic import BaseModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from multimodal.data.loader import Reader
 from multimodal.model import Model
 
 FOLDER, BEST = "checkpoints", "best"
+RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
+"""Endings of files that may hold code."""
 
 
 class TrainerState(BaseModel):
@@ -62,8 +67,10 @@ def find(run: Path, which: str = "last") -> Path:
     saved = steps(run)
     if which == "last" and saved:
         return step_folder(run, saved[-1])
-    if which == BEST and (run / FOLDER / BEST).exists():
-        return (run / FOLDER / BEST).resolve()
+    if which == BEST and (best := (run / FOLDER / BEST).resolve()).exists():
+        if best.parent != (run / FOLDER).resolve():
+            raise ValueError(f"{run / FOLDER / BEST} leads out of the run, to {best}: it is not followed")
+        return best
     if which.isdigit() and int(which) in saved:
         return step_folder(run, int(which))
     have = ", ".join(map(str, saved)) or "none"
@@ -138,9 +145,59 @@ def load_state(folder: Path) -> TrainerState:
     return TrainerState.model_validate_json((folder / "state.json").read_text())
 
 
+def load_config(folder: Path) -> dict[str, Any]:
+    """The configuration as data; ValueError, before anything else is read, if the folder is not what we write.
+
+    Refused are files that may hold code (pickles, Python), links that lead out of the folder, and YAML that is not
+    plain: tags that name classes, and aliases, which can make a small file fill the memory.
+    """
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in RUNNABLE:
+            raise ValueError(f"{path} may hold code, which no checkpoint of ours does: nothing of {folder} is opened")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} leads out of the checkpoint: nothing of {folder} is opened")
+    file = folder / "config.yaml"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.yaml")
+    try:
+        raw = yaml.load(file.read_text(), _PlainLoader)  # which is a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not plain YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} is not a configuration: it holds no mapping")
+    return raw
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds; ValueError if its header is not true."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
+
+
 def load_model(folder: Path, model: Model) -> None:
     """Fill the model's parameters and buffers; every one of them, and nothing else, must be there."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    file = folder / "model.safetensors"
+    tensors = load_tensors(file)
+    stored = {name: tensor.shape for name, tensor in tensors.items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if stored != wanted:
+        missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+        other = sorted(k for k in stored.keys() & wanted.keys() if stored[k] != wanted[k])
+        told = [f"{len(k)} {what} ({k[0]})" for what, k in (("missing", missing), ("extra", extra)) if k]
+        told += [f"{len(other)} of other shape ({k}: {list(stored[k])}, not {list(wanted[k])})" for k in other[:1]]
+        raise ValueError(f"{file} does not hold the weights of its config.yaml: {', '.join(told)}")
+    model.load_state_dict(tensors)
 
 
 def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:
@@ -148,7 +205,7 @@ def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer)
     places = {name: place for place, name in enumerate(_parameter_names(model, optimizer))}
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in load_tensors(folder / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("/")
         if tensor.shape == parameters[name].shape:  # in the weights' own memory format, which fused kernels rely on
             tensor = torch.empty_like(parameters[name], dtype=tensor.dtype, device="cpu").copy_(tensor)

@@ -6,7 +6,6 @@ A field is identity (it changes what is computed: a run can only be resumed with
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -78,6 +77,13 @@ class ModelSection(Section):
     """Whether the multiplier is learnt, or stays as it is."""
     logit_bias: float | None
     """The bias of the logits at the start, learnt (-10 in SigLIP); null for none."""
+
+
+class InitSection(Section):
+    """What a new run starts from; one that is continued starts from its own checkpoint."""
+
+    weights: str | None = Field(default=None, min_length=1)
+    """A file or folder of weights, the name of a run, or open_clip:ARCHITECTURE/TAG; null for random weights."""
 
 
 class CheckpointSection(Section):
@@ -217,6 +223,8 @@ class TrainConfig(Config):
     model: ModelSection
     towers: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Tower] = Field(min_length=2)
     """By name; the name is also what losses and evaluations know them by."""
+    init: InitSection = InitSection()
+    """What the weights are before the first step."""
     loss: dict[str, Loss] = Field(min_length=1)
     """Terms, added up by their weights."""
     dataset: Dataset
@@ -316,19 +324,22 @@ def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str
 
     Fields that did not exist when the old one was stored count with their defaults.
     """
-    before: object = {key: value for key, value in old.items() if key in _identity(new)}
-    with suppress(ConfigError):
+    after = _identity(new)
+    before: object = {key: value for key, value in old.items() if key in after}
+    try:
         before = _identity(check(old, TrainConfig))
+    except ConfigError:  # compared as it stands
+        after = {key: value for key, value in new.model_dump(mode="json").items() if key in after}
     differences: list[tuple[str, str]] = []
 
-    def compare(path: str, before: object, after: object) -> None:
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            for key in [*before, *(key for key in after if key not in before)]:
-                compare(f"{path}.{key}" if path else str(key), before.get(key), after.get(key))
-        elif before != after:
-            differences.append((path, f"{before} -> {after}"))
+    def compare(path: str, was: object, is_now: object) -> None:
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+            for key in [*was, *(key for key in is_now if key not in was)]:
+                compare(f"{path}.{key}" if path else str(key), was.get(key), is_now.get(key))
+        elif was != is_now:
+            differences.append((path, f"{was} -> {is_now}"))
 
-    compare("", before, _identity(new))
+    compare("", before, after)
     return differences
 
 

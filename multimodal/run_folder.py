@@ -24,7 +24,7 @@ def find_last(config: TrainConfig) -> Path | None:
     if not checkpoint.steps(folder):
         return None
     last = checkpoint.find(folder)
-    if changed := changed_identity(yaml.safe_load((last / CONFIG).read_text()), config):
+    if changed := changed_identity(checkpoint.load_config(last), config):
         refuse(config, changed)
     return last
 

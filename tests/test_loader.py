@@ -37,6 +37,8 @@ class Numbers(Source):
 class Noisy:
     """The number and a random one."""
 
+    num_truncated = 0
+
     def __call__(self, value: int, rng: Random | None) -> Tensor:
         assert rng is not None
         return torch.tensor([value, rng.randrange(10**6)])
