@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from multimodal import distributed
 from multimodal.config import ConfigError, RunError
+from multimodal.interop import config_source
 from multimodal.parts import ENTRY_POINT_GROUP, BadSample, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -47,6 +48,12 @@ class PartsSearchPath(SearchPathPlugin):
                 search_path.append(point.name, f"file://{place}/conf")
 
 
+def register_plugins() -> None:
+    """Let Hydra find what is not in our own `conf/`: that of other packages, and open_clip's architectures."""
+    Plugins.instance().register(PartsSearchPath)
+    config_source.register()
+
+
 def launch(task: Callable[[], Any]) -> None:
     """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1."""
     logging.basicConfig(
@@ -55,7 +62,7 @@ def launch(task: Callable[[], Any]) -> None:
         handlers=[_TerminalHandler()],
         force=True,
     )
-    Plugins.instance().register(PartsSearchPath)
+    register_plugins()
     overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
     place = next(overrides, len(sys.argv))
     sys.argv[place:place] = NO_FILES  # beside other overrides: the parser wants them in one row

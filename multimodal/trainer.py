@@ -34,6 +34,9 @@ from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals import figures
+from multimodal.files import write_json
+from multimodal.interop.weights import Report as Initialised
+from multimodal.interop.weights import initialise
 from multimodal.kept_features import keep_features
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
@@ -89,6 +92,7 @@ class Trainer:
         self.device = device_of(config)
         self.first = distributed.rank() == 0
         self.log: RunLog | None = None  # on the first rank, once it trains
+        self.initialised: Initialised | None = None  # what became of init.weights, in a new run
         self.clock = Clock()
         self.last_save = time.monotonic()
         self.stop_signal: float | None = None  # when it came
@@ -152,6 +156,10 @@ class Trainer:
             self.state = self._continued(checkpoint.load_state(last))
             checkpoint.load_model(last, self.model)
             checkpoint.load_optimizer(last, self.model, self.optimizer)
+        elif config.init.weights is not None:
+            with problems.at("init.weights"):
+                self.initialised = initialise(self.model, config.init.weights, Path(config.paths.runs))
+            problems.report()
 
     def _batches(self) -> Generator[Batch, None, None]:
         config, state = self.config, self.state
@@ -189,6 +197,9 @@ class Trainer:
         self.log.start(self.config.tracker, info)
         parameters = ", ".join(f"{name} {count:,}" for name, count in self.model.num_parameters().items())
         logger.info("run %s on %s in %s; parameters: %s", self.folder, self.device, self.state.precision, parameters)
+        if self.initialised is not None:
+            write_json(self.folder / "init.json", self.initialised.as_dict())
+            logger.info("%s", self.initialised)
         if self.state.step:
             logger.info("continues after step %d of %d", self.state.step, self.state.total_steps)
 

@@ -10,7 +10,7 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from multimodal.cli import CONF, plain
+from multimodal.cli import CONF, plain, register_plugins
 from multimodal.config import TrainConfig, check
 
 Compose = Callable[..., dict[str, Any]]
@@ -52,6 +52,7 @@ def one_thread() -> None:
 
 
 def composed(*overrides: str) -> dict[str, Any]:
+    register_plugins()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return plain(hydra_compose("train", list(overrides)))
 

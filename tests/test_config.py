@@ -255,6 +255,7 @@ IDENTITY: dict[str, tuple[str, object]] = {
     "max_grad_norm": ("max_grad_norm", None),
     "precision": ("precision", "bf16"),
     "model": ("model.embed_dim", 8),
+    "init": ("init.weights", "other"),
     "towers": ("towers.text.tokenizer.vocab_size", 301),
     "loss": ("loss.infonce.weight", 2.0),
     "dataset": ("dataset.size", 32),

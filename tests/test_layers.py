@@ -17,7 +17,7 @@ LAYERS = (
     ("parts",),
     ("towers", "losses", "data", "evals"),
     ("config", "model", "optim", "encoder"),
-    ("step", "checkpoint", "tracker", "provenance"),
+    ("step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "run_folder"),
     ("dry_run", "kept_features", "trainer"),
     ("cli", "__init__"),

@@ -1,0 +1,110 @@
+"""Any image network of timm, with the head that open_clip puts on it."""
+
+from collections import OrderedDict
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from multimodal import distributed
+from multimodal.parts import Operational, did_you_mean
+from multimodal.towers.batch_norm import GlobalBatchNorm2d, normalise_globally
+from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+
+
+class TimmEncoder(ImageEncoder):
+    """The network is open_clip's `TimmModel`, whose head is our projection."""
+
+    def depths(self) -> list[list[nn.Parameter]]:
+        from timm.models._manipulate import group_parameters
+
+        trunk = self.net.trunk
+        groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
+        found = [[trunk.get_parameter(name) for name in groups[depth]] for depth in sorted(groups)]
+        found[-1] += self.net.head.parameters()
+        return found
+
+
+class TimmTrunk(ImageTower):
+    """A network of timm, by its name there, with a projection behind its own pooling.
+
+    Its batch norms take the statistics of the global batch, as those of `resnet` do. Networks whose batch norm has an
+    activation inside are refused on several ranks.
+    """
+
+    name: str = Field(min_length=1)
+    """Of timm, such as convnext_tiny or vit_base_patch16_siglip_224."""
+    pretrained: bool
+    """Start from timm's own weights, which are downloaded the first time."""
+    pool: Literal["default", "avg", "token", "map", "abs_attn", "rot_attn"]
+    """What stands for the image: the network's own choice, the mean, the class token, an attention pool of its own
+    (map), or one put on it (abs_attn, rot_attn)."""
+    projection: Literal["linear", "mlp", "none", "head"]
+    """How the shared space is reached: a matrix, one hidden layer, nothing, or the network's own classifier (head)."""
+    drop: float = Field(ge=0, lt=1)
+    """Dropout before the projection."""
+    drop_path: float | None = Field(ge=0, lt=1)
+    """Share of samples that the last block passes by in training; null for the network's own."""
+    patch_dropout: float = Field(ge=0, lt=1)
+    """Share of patches left out in training (FLIP, Li et al. 2023); for transformers."""
+    grad_checkpointing: Operational[bool] = False
+    """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.projection == "head" and self.pool == "default":
+            raise ValueError("projection=head needs a pool by name, such as avg or token")
+        return self
+
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> TimmEncoder:
+        net = self._net(embed_dim)
+        trunk = net.trunk
+        if self.grad_checkpointing:
+            trunk.set_grad_checkpointing(True)
+        normalise_globally(trunk)
+        if distributed.world_size() > 1 and any(
+            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d)
+            for module in trunk.modules()
+        ):
+            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
+        pool = net.head._modules.pop("pool", None)
+        projection, net.head = net.head, nn.Sequential(OrderedDict(pool=pool) if pool else OrderedDict())
+        width = embed_dim if self.projection == "head" or pool else trunk.num_features
+        if self.projection == "none" and width != embed_dim:
+            raise ValueError(f"projection=none needs model.embed_dim={width}, the tower's width; it is {embed_dim}")
+        return TimmEncoder(net, projection, width, self.mean, self.std)
+
+    def _net(self, embed_dim: int) -> Any:
+        import timm
+        from open_clip.timm_model import TimmModel
+
+        if not timm.is_model(self.name):
+            raise ValueError(f"name: timm has no model '{self.name}'.{did_you_mean(self.name, timm.list_models())}")
+        try:
+            net = TimmModel(
+                self.name,
+                embed_dim,
+                self.image_size,
+                pool="" if self.pool == "default" else self.pool,
+                proj=None if self.projection == "head" else self.projection,
+                drop=self.drop,
+                drop_path=self.drop_path,
+                patch_drop=self.patch_dropout or None,
+                pretrained=self.pretrained,
+            )
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"timm's {self.name} cannot be built so, with pool={self.pool}: {error}") from None
+        except (OSError, RuntimeError) as error:
+            if not self.pretrained:
+                raise ValueError(f"timm's {self.name} cannot be built so, with pool={self.pool}: {error}") from None
+            raise ValueError(
+                f"pretrained: the weights of {self.name} cannot be had ({error}); without a network, "
+                "pretrained=false and init.weights=FILE"
+            ) from None
+        size = net.trunk.default_cfg.get("input_size", (3, self.image_size, self.image_size))[-1]
+        if size != self.image_size:
+            if hasattr(net.trunk, "set_input_size"):
+                net.trunk.set_input_size(self.image_size)
+            elif net.trunk.default_cfg.get("fixed_input_size"):
+                raise ValueError(f"image_size: {self.name} reads images of {size} pixels only, not {self.image_size}")
+        return net
