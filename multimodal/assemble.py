@@ -1,7 +1,7 @@
 """From a configuration to what it describes: source, readers, model, evaluations; all that is wrong is said at once."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from multimodal import checkpoint
-from multimodal.config import ConfigError, TrainConfig, check
+from multimodal.config import ConfigError, ModelSection, TrainConfig, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
+from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Eval, Report, Source
 from multimodal.step import native_precision
 
 Evaluation = Callable[[EncoderContract], Report]
@@ -123,20 +123,32 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
             raise ValueError("a vocabulary can only be learnt where the training data is")
         return chain.from_iterable(source.captions(index) for index in range(len(source)))
 
-    readers, towers = {}, {}
     torch.manual_seed(config.seed)
-    for name, tower in config.towers.items():
-        with problems.at(f"towers.{name}"):
-            preprocessor = tower.preprocessor(captions, config.augment, saved / name if saved else None)
-            readers[name] = Reader(tower.reads, preprocessor)
-            towers[name] = tower.build(preprocessor, config.model.embed_dim)
-    problems.report()
-    model = Model(towers, config.model).to(device)
+    readers, model = build(config.towers, config.model, config.augment, captions, saved)
     for name, tower in config.towers.items():
         with problems.at(f"towers.{name}.tuning"):
             model.freeze({name: tower.tuning})
     problems.report()
-    return Assembled(readers, model, native_precision(device) if config.precision == "auto" else config.precision)
+    precision = native_precision(device) if config.precision == "auto" else config.precision
+    return Assembled(readers, model.to(device), precision)
+
+
+def build(
+    towers: Mapping[str, Tower],
+    section: ModelSection,
+    augment: Augment,
+    captions: Callable[[], Iterable[str]],
+    saved: Path | None,
+) -> tuple[dict[str, Reader], Model]:
+    """The readers and the model of some towers; ConfigError with all that does not fit."""
+    problems, readers, modules = Problems(), {}, {}
+    for name, tower in towers.items():
+        with problems.at(f"towers.{name}"):
+            preprocessor = tower.preprocessor(captions, augment, saved / name if saved else None)
+            readers[name] = Reader(tower.reads, preprocessor)
+            modules[name] = tower.build(preprocessor, section.embed_dim)
+    problems.report()
+    return readers, Model(modules, section)
 
 
 def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:

@@ -20,7 +20,8 @@ LAYERS = (
     ("step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "run_folder"),
     ("dry_run", "kept_features", "trainer"),
-    ("cli", "__init__"),
+    ("api", "cli"),
+    ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}
 PARTS = ("towers", "losses", "data", "evals", "optim", "tracker")

@@ -1,0 +1,140 @@
+"""The laws of the Python API: a loaded model is the trained one, whatever form its inputs have."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import TINY, composed
+from PIL import Image
+
+import multimodal
+from multimodal import checkpoint
+from multimodal.config import TrainConfig, check
+from multimodal.encoder import Encoder
+from multimodal.evals.zero_shot import Images
+from multimodal.trainer import Trainer
+
+TEXTS = ["a red circle", "a blue square on a table", "two green stars"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    config = check(composed(*TINY, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def model(trained: Trainer) -> multimodal.ImageTextModel:
+    return multimodal.load(trained.config.folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    noise = np.random.default_rng(0)
+    return [Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+def test_a_loaded_model_is_the_trained_one(trained: Trainer, model: multimodal.ImageTextModel) -> None:
+    encoder = Encoder(trained.model, trained.assembled.readers, trained.assembled.context)
+    images = Images(trained.source, 7)
+    assert torch.equal(model.encode_image(list(images)), encoder.encode("image", images))
+    assert torch.equal(model.encode_text(TEXTS), encoder.encode("text", TEXTS))
+    assert model.embed_dim == 16
+    assert model.logit_scale == pytest.approx(trained.model.logit_scale.exp().item())
+
+
+def test_a_checkpoint_folder_and_a_step_are_the_run(trained: Trainer, model: multimodal.ImageTextModel) -> None:
+    run = trained.config.folder
+    for other in (multimodal.load(checkpoint.find(run)), multimodal.load(str(run), checkpoint=8)):
+        assert torch.equal(other.encode_text(TEXTS), model.encode_text(TEXTS))
+
+
+def test_an_image_is_the_same_as_picture_path_and_pixels(
+    model: multimodal.ImageTextModel, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    features = model.encode_image(pictures)
+    assert features.shape == (5, 16)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(5))
+    paths: list[str | Path] = []
+    for place, picture in enumerate(pictures):
+        paths.append(tmp_path / f"{place}.png")
+        picture.save(paths[-1])
+    pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+    assert torch.equal(model.encode_image(paths), features)
+    assert torch.equal(model.encode_image([str(path) for path in paths]), features)
+    assert torch.equal(model.encode_image(pixels), features)
+    torch.testing.assert_close(model.encode_image(pictures[2]), features[2:3])
+
+
+def test_the_size_of_batches_changes_nothing(
+    trained: Trainer, model: multimodal.ImageTextModel, pictures: list[Image.Image]
+) -> None:
+    small = multimodal.load(trained.config.folder, batch_size=2)
+    torch.testing.assert_close(small.encode_image(pictures), model.encode_image(pictures), rtol=0, atol=1e-6)
+    torch.testing.assert_close(small.encode_text(TEXTS), model.encode_text(TEXTS), rtol=0, atol=1e-6)
+    assert model.encode_text([]).shape == (0, 16)
+
+
+def test_classification_is_the_softmax_over_class_embeddings(
+    model: multimodal.ImageTextModel, pictures: list[Image.Image]
+) -> None:
+    names, templates = ["circle", "square"], ["a {}.", "a photo of a {}"]
+    probabilities = model.classify(pictures, names, templates)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
+    mean = [model.encode_text([t.replace("{}", n) for t in templates]).mean(0) for n in names]
+    classifier = torch.nn.functional.normalize(torch.stack(mean), dim=-1)
+    expected = (model.logit_scale * model.encode_image(pictures) @ classifier.T).softmax(1)
+    torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(
+        model.similarity(pictures, TEXTS), model.encode_image(pictures) @ model.encode_text(TEXTS).T
+    )
+
+
+def test_texts_that_are_cut_are_counted(model: multimodal.ImageTextModel, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model.encode_text(["word " * 100, "short", "word " * 90])
+    assert "2 of 3 texts were longer than the context" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode_image(torch.zeros(2, 3, 8, 8)), ValueError, r"uint8 \[n, 3, H, W\], got torch.float32"),
+        (lambda m: m.encode_image(["nowhere.png"]), FileNotFoundError, r"there is no file 'nowhere\.png'"),
+        (lambda m: m.encode_image([3]), ValueError, "should be a PIL image or a path, got int"),
+        (lambda m: m.encode_text(["a", 3]), ValueError, "should be strings, got int"),
+        (lambda m: m.classify([], ["a", "a"]), ValueError, "2 classes are named 'a'"),
+        (lambda m: m.classify([], ["a", " "]), ValueError, "none of them empty"),
+        (lambda m: m.classify([], ["a"], ["no slot"]), ValueError, r"one \{\} each"),
+        (lambda m: m.classify([], ["a"], []), ValueError, r"one \{\} each"),
+        (lambda _: multimodal.load("nowhere"), FileNotFoundError, "no run or checkpoint 'nowhere'"),
+        (lambda _: multimodal.open_clip("ViT-B-33"), ValueError, "ViT-B-33"),
+    ],
+)
+def test_what_cannot_be_is_told(model: multimodal.ImageTextModel, call: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+def test_a_file_that_is_no_image_is_named(model: multimodal.ImageTextModel, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text\.png"):
+        model.encode_image([tmp_path / "text.png"])
+
+
+def test_a_model_of_open_clip_is_that_of_open_clip(pictures: list[Image.Image], tmp_path: Path) -> None:
+    theirs, _, preprocess = open_clip.create_model_and_transforms("ViT-S-32-alt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "epoch_1.pt")
+    ours = multimodal.open_clip("ViT-S-32-alt", weights=tmp_path / "epoch_1.pt", device="cpu")
+    with torch.no_grad():
+        images = theirs.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+        texts = theirs.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(TEXTS), normalize=True)
+    torch.testing.assert_close(ours.encode_image(pictures), images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.encode_text(TEXTS), texts, rtol=0, atol=1e-5)
