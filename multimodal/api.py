@@ -97,6 +97,15 @@ class ImageTextModel:
         templates: Sequence[str] = TEMPLATES,
     ) -> Tensor:  # float32 [n, K], probabilities
         """Zero-shot classification: class names set into templates, each with one {}, are the classifier."""
+        classifier = self.classifier(names, templates)
+        return self.probabilities(self.encode_image(images), classifier)
+
+    def classifier(
+        self,
+        names: Sequence[str],
+        templates: Sequence[str] = TEMPLATES,
+    ) -> Tensor:  # float32 [K, D] unit norm
+        """The embeddings of classes: each the mean of its name in all templates; ValueError if names are not apart."""
         if not names or any(not name.strip() for name in names):
             raise ValueError("names should be one or more class names, none of them empty")
         name, count = Counter(names).most_common(1)[0]
@@ -105,8 +114,15 @@ class ImageTextModel:
         if wrong := [template for template in templates if template.count("{}") != 1] or not templates:
             raise ValueError(f"templates should have one {{}} each for the class name, got {wrong or templates!r}")
         prompts = [template.replace("{}", name) for name in names for template in templates]
-        classifier = class_embeddings(self.encode_text(prompts).view(len(names), len(templates), -1))
-        return (self.logit_scale * self.encode_image(images) @ classifier.T).softmax(dim=-1)
+        return class_embeddings(self.encode_text(prompts).view(len(names), len(templates), -1))
+
+    def probabilities(
+        self,
+        features: Tensor,  # [n, D] of images
+        classifier: Tensor,  # [K, D]
+    ) -> Tensor:  # [n, K]
+        """The softmax over classes of the scaled cosines."""
+        return (self.logit_scale * features @ classifier.T).softmax(dim=-1)
 
     def _encode(self, reads: str, inputs: Sequence[Any]) -> Tensor:
         tower = next((name for name, reader in self.readers.items() if reader.reads == reads), None)

@@ -54,8 +54,11 @@ def register_plugins() -> None:
     config_source.register()
 
 
-def launch(task: Callable[[], Any]) -> None:
-    """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1."""
+def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
+    """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1.
+
+    Values of `verbatim` keys are text as it stands: "classes=cat,dog" is not a sweep, and a path may hold anything.
+    """
     logging.basicConfig(
         level=logging.INFO if distributed.rank() == 0 else logging.WARNING,
         format="%(message)s" if distributed.rank() == 0 else f"rank {distributed.rank()}: %(message)s",
@@ -63,6 +66,7 @@ def launch(task: Callable[[], Any]) -> None:
         force=True,
     )
     register_plugins()
+    sys.argv[1:] = [_quoted(word, verbatim) for word in sys.argv[1:]]
     overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
     place = next(overrides, len(sys.argv))
     sys.argv[place:place] = NO_FILES  # beside other overrides: the parser wants them in one row
@@ -73,6 +77,14 @@ def launch(task: Callable[[], Any]) -> None:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(str(ConfigError([_retell(str(error))])))
+
+
+def _quoted(word: str, verbatim: Sequence[str]) -> str:
+    key, given, value = word.partition("=")
+    if not given or key not in verbatim or value in ("", "null") or value[0] in "'\"[":
+        return word
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _retell(message: str) -> tuple[str, str]:

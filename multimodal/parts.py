@@ -436,3 +436,22 @@ class Tracker(Part):
 
     @abstractmethod
     def start(self, run: RunInfo) -> Mirror: ...
+
+
+# --- taking away ----------------------------------------------------------------------------------------------------
+
+
+class Format(Part):
+    """Another library's form of a trained model."""
+
+    @abstractmethod
+    def write(self, exported: Any, folder: Path) -> None:
+        """Write an `interop.exported.Exported` into a folder; ValueError if it cannot be expressed."""
+
+    @abstractmethod
+    def differences(self, exported: Any, folder: Path) -> dict[str, float]:
+        """Load what was written with the other library, and compare: the largest difference by what is compared."""
+
+    @abstractmethod
+    def usage(self) -> str:
+        """Python that loads the folder in the other library, for the model card."""

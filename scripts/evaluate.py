@@ -2,46 +2,32 @@
 
 import json
 import logging
-from pathlib import Path
-from typing import Literal
 
 import hydra
 from omegaconf import DictConfig
-from pydantic import Field
 
 from multimodal import checkpoint, distributed
 from multimodal.cli import CONF, launch, plain
-from multimodal.config import Config, ConfigError, PathsSection, check
+from multimodal.config import ConfigError, check
 from multimodal.files import write_json
+from multimodal.finished_run import FinishedRun
 from multimodal.parts import Eval
 
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(FinishedRun):
     """Which run, and on what."""
 
-    run: str = Field(min_length=1)
-    """Name of a run below `paths.runs`."""
-    checkpoint: str | int
-    """last, best, or a step."""
     evals: dict[str, Eval]
     """By name; those that the run was trained with, if there are none here."""
-    paths: PathsSection
-    device: Literal["auto", "cpu", "cuda"]
-    workers: int = Field(ge=0)
-    """Processes that read images."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def main(composed: DictConfig) -> None:
     """Load the checkpoint, run the evaluations, write `evaluations/<step>/`, print the numbers."""
     asked = check(plain(composed), EvaluateConfig)
-    run = Path(asked.paths.runs) / asked.run
-    try:
-        folder = checkpoint.find(run, str(asked.checkpoint))
-    except FileNotFoundError as error:
-        raise ConfigError([("run", str(error))]) from None
+    folder = asked.find_checkpoint()
 
     from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations, write_figures
 
@@ -60,7 +46,7 @@ def main(composed: DictConfig) -> None:
         distributed.stop()
     if distributed.rank() != 0:
         return
-    found = run / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
+    found = asked.folder / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
     for name, report in reports.items():
         for _, path in write_figures(name, report, found):
             logger.info("%s", path)

@@ -18,9 +18,10 @@ LAYERS = (
     ("towers", "losses", "data", "evals"),
     ("config", "model", "optim", "encoder"),
     ("step", "checkpoint", "tracker", "provenance", "interop"),
-    ("assemble", "run_folder"),
+    ("assemble", "finished_run", "run_folder"),
     ("dry_run", "kept_features", "trainer"),
     ("api", "cli"),
+    ("embeddings",),
     ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}

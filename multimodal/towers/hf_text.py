@@ -136,9 +136,7 @@ class HFText(TextTower):
 
         config = _plain_config(preprocessor.architecture)
         if preprocessor.saved or not self.pretrained:
-            net: Any = AutoModel.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False, attn_implementation="eager"
-            )
+            net: Any = AutoModel.from_config(config, trust_remote_code=False, attn_implementation="eager")
         else:
             try:
                 net = AutoModel.from_pretrained(

@@ -1,0 +1,187 @@
+"""A folder that transformers loads as CLIPModel and CLIPProcessor's parts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimodal.interop.exported import TEXTS, Exported, largest, pictures, save_tokenizer
+from multimodal.parts import Format
+from multimodal.towers.text_transformer import TextTransformer
+from multimodal.towers.vit import ViT
+
+BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+}
+TEXT = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final": "final_layer_norm",
+}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+
+
+class HuggingFace(Format):
+    """CLIPModel of transformers: a vision transformer with class token beside a causal text transformer."""
+
+    def write(self, exported: Exported, folder: Path) -> None:
+        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        image, text = _expressible(exported)
+        encoding = exported.text.encoding
+        config = CLIPConfig(
+            text_config={
+                **_shared(text),
+                "vocab_size": text.vocab_size or encoding.vocab_size,
+                "max_position_embeddings": text.context_length,
+                "eos_token_id": encoding.end,
+                "bos_token_id": None,
+                "pad_token_id": encoding.pad,
+                "projection_dim": exported.model.embed_dim,
+            },
+            vision_config={
+                **_shared(image),
+                "image_size": image.image_size,
+                "patch_size": image.patch_size,
+                "projection_dim": exported.model.embed_dim,
+            },
+            projection_dim=exported.model.embed_dim,
+        )
+        model = CLIPModel(config)
+        model.load_state_dict(dict(_renamed(exported.model.state_dict())))
+        model.save_pretrained(folder)
+        (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        edge = {"height": image.image_size, "width": image.image_size}
+        CLIPImageProcessor(
+            size=edge if image.resize == "squash" else {"shortest_edge": image.image_size},
+            crop_size=edge,
+            resample=2 if image.interpolation == "bilinear" else 3,
+            image_mean=list(image.mean),
+            image_std=list(image.std),
+        ).save_pretrained(folder)
+        if not save_tokenizer(exported, folder):
+            _clip_tokenizer(CLIPTokenizer, folder, text.context_length)
+
+    @torch.no_grad()
+    def differences(self, exported: Exported, folder: Path) -> dict[str, float]:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        model: Any = CLIPModel.from_pretrained(folder).eval()
+        tower: Any = exported.model.towers["image"]
+        images, texts = exported.features()
+        pixels = (exported.pixels() / 255 - tower.mean) / tower.std
+        theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")(pictures(), return_tensors="pt")[
+            "pixel_values"
+        ]
+        ids = AutoTokenizer.from_pretrained(folder)(
+            list(TEXTS),
+            padding="max_length",
+            truncation=True,
+            max_length=exported.text.context_length,
+            return_tensors="pt",
+        ).input_ids
+        unit = torch.nn.functional.normalize
+        return {
+            "pixels": largest(pixels, theirs),
+            "image features": largest(images, unit(_pooled(model.get_image_features(pixel_values=theirs)), dim=-1)),
+            "token ids": _different_ids(exported, ids),
+            "text features": largest(texts, unit(_pooled(model.get_text_features(input_ids=ids)), dim=-1)),
+        }
+
+    def usage(self) -> str:
+        return (
+            "from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel\n\n"
+            'model = CLIPModel.from_pretrained("FOLDER")\n'
+            'images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")  # resizes as in training\n'
+            'texts = AutoTokenizer.from_pretrained("FOLDER")'
+        )
+
+
+def _pooled(output: Any) -> Tensor:
+    found: Tensor = getattr(output, "pooler_output", output)
+    return found
+
+
+def _different_ids(exported: Exported, ids: Tensor) -> float:
+    """0 if tokens agree up to the end of each text; CLIP's tokenizer pads with the end token there."""
+    ours = exported.ids()
+    ends = torch.eq(ours, exported.text.encoding.end or 0).int()
+    upto = ends.cumsum(1) - ends == 0
+    return float(((ours != ids) & upto).any())
+
+
+def _expressible(exported: Exported) -> tuple[ViT, TextTransformer]:
+    towers = exported.config.towers
+    image, text = towers.get("image"), towers.get("text")
+    if not isinstance(image, ViT) or image.pool != "tok" or not image.norm_first or image.norm_after_pool:
+        raise ValueError("CLIPModel has a vision transformer with class token for images; to=open_clip can do others")
+    if not isinstance(text, TextTransformer) or not text.causal or text.pool != "end":
+        raise ValueError("CLIPModel has a causal transformer with end token for text; to=open_clip can do others")
+    if image.projection != "linear" or text.projection != "linear" or image.layer_scale or text.layer_scale:
+        raise ValueError("CLIPModel has plain blocks and linear projections; to=open_clip can do others")
+    if image.resize == "longest":
+        raise ValueError("the image processor of transformers has no resize=longest")
+    return image, text
+
+
+def _shared(tower: ViT | TextTransformer) -> dict[str, Any]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": int(tower.width * tower.mlp_ratio),
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "hidden_act": ACTIVATIONS[tower.activation],
+        "layer_norm_eps": tower.norm_eps,
+    }
+
+
+def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our weights under the names of CLIPModel."""
+    yield "logit_scale", state["logit_scale"]
+    for tower, prefix, own in (("image", "vision_model.", VISION), ("text", "text_model.", TEXT)):
+        yield (
+            f"{'visual' if tower == 'image' else 'text'}_projection.weight",
+            state[f"towers.{tower}.projection.weight"],
+        )
+        for name, tensor in state.items():
+            inner = name.removeprefix(f"towers.{tower}.net.")
+            if inner == name:
+                continue
+            if inner.startswith("transformer.resblocks."):
+                yield from _block(prefix, inner.removeprefix("transformer.resblocks."), tensor)
+            elif inner in own:
+                yield prefix + own[inner], tensor
+            else:
+                module, _, last = inner.rpartition(".")
+                yield f"{prefix}{own[module]}.{last}", tensor
+
+
+def _block(prefix: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    number, _, inner = name.partition(".")
+    place = f"{prefix}encoder.layers.{number}."
+    module, _, last = inner.rpartition(".")
+    if inner.startswith("attn.in_proj_"):
+        for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"{place}self_attn.{part}_proj.{inner.removeprefix('attn.in_proj_')}", piece
+    elif module == "attn.out_proj":
+        yield f"{place}self_attn.out_proj.{last}", tensor
+    else:
+        yield f"{place}{BLOCK[module]}.{last}", tensor
+
+
+def _clip_tokenizer(kind: Any, folder: Path, context_length: int) -> None:
+    """CLIP's own vocabulary, which comes with open_clip, in the form of transformers."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer()
+    merges = [pair for pair, _ in sorted(theirs.bpe_ranks.items(), key=lambda item: item[1])]
+    tokens = {"<|startoftext|>": theirs.sot_token_id, "<|endoftext|>": theirs.eot_token_id}
+    vocabulary = {token: place for token, place in theirs.encoder.items() if place not in tokens.values()} | tokens
+    kind(vocab=vocabulary, merges=merges, model_max_length=context_length).save_pretrained(folder)

@@ -1,0 +1,55 @@
+"""A folder that open_clip loads by "local-dir:"."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multimodal.interop import architectures, names
+from multimodal.interop.exported import TEXTS, Exported, largest, pictures, save_tensors, save_tokenizer
+from multimodal.parts import Format
+
+
+class OpenClipFolder(Format):
+    """Configuration, weights and vocabulary as open_clip has them."""
+
+    def write(self, exported: Exported, folder: Path) -> None:
+        own = save_tokenizer(exported, folder)
+        model_cfg, preprocess_cfg = architectures.to_open_clip(
+            exported.config.towers,
+            exported.config.model,
+            exported.text.encoding,
+            "in this folder" if own else None,
+        )
+        described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2))
+        state = names.to_open_clip(exported.model, bool(model_cfg.get("custom_text")))
+        save_tensors(state, folder / "open_clip_model.safetensors")
+
+    @torch.no_grad()
+    def differences(self, exported: Exported, folder: Path) -> dict[str, float]:
+        import open_clip
+
+        place = f"local-dir:{folder}"
+        model: Any
+        model, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)
+        model.eval()
+        images, texts = exported.features()
+        pixels = torch.stack([preprocess(picture) for picture in pictures()])
+        tower: Any = exported.model.towers["image"]
+        ids = open_clip.get_tokenizer(place)(list(TEXTS))
+        return {
+            "pixels": largest((exported.pixels() / 255 - tower.mean) / tower.std, pixels),
+            "image features": largest(images, model.encode_image(pixels, normalize=True)),
+            "token ids": largest(exported.ids().float(), ids.float()),
+            "text features": largest(texts, model.encode_text(ids, normalize=True)),
+        }
+
+    def usage(self) -> str:
+        return (
+            "import open_clip\n\n"
+            'place = "local-dir:FOLDER"\n'
+            "model, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)\n"
+            "tokenizer = open_clip.get_tokenizer(place)"
+        )
