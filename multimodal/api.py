@@ -106,6 +106,8 @@ class ImageTextModel:
         templates: Sequence[str] = TEMPLATES,
     ) -> Tensor:  # float32 [K, D] unit norm
         """The embeddings of classes: each the mean of its name in all templates; ValueError if names are not apart."""
+        if isinstance(names, str) or isinstance(templates, str):
+            raise ValueError("names and templates should be lists of strings, not one string")
         if not names or any(not name.strip() for name in names):
             raise ValueError("names should be one or more class names, none of them empty")
         name, count = Counter(names).most_common(1)[0]

@@ -26,6 +26,8 @@ FACTS = "facts.json"
 def find_images(place: Path) -> list[Path]:
     """An image, or all images below a folder, sorted; ValueError if there are none."""
     if place.is_file():
+        if place.suffix[1:].lower() not in IMAGE_SUFFIXES:
+            raise ValueError(f"'{place}' is no image ({', '.join(IMAGE_SUFFIXES)})")
         return [place]
     if not place.is_dir():
         raise FileNotFoundError(f"there is no image or folder of images '{place}'")

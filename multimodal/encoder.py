@@ -68,8 +68,12 @@ class Encoder:
             self._evaluating(),
             tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, disable=hide) as bar,
         ):
-            for batch in loader:
-                with self.context:
-                    parts.append(self.model.encode(tower, batch.to(device)).float().cpu())
-                bar.update(len(batch))
+            batches = iter(loader)
+            try:
+                for batch in batches:
+                    with self.context:
+                        parts.append(self.model.encode(tower, batch.to(device)).float().cpu())
+                    bar.update(len(batch))
+            finally:  # workers do not heed signals, and an exception would keep them alive
+                getattr(batches, "_shutdown_workers", lambda: None)()
         return distributed.gather_uneven(torch.cat(parts), [b - a for a, b in pairwise(bounds)])

@@ -71,4 +71,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, verbatim=("images", "classes", "out"))
+    launch(main, verbatim=("run", "images", "classes", "out"))

@@ -1,5 +1,6 @@
 """Embed images or captions: `scripts/embed.py run=NAME source=DIR`; writes Parquet or npy with ids, resumable."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,7 @@ def main(composed: DictConfig) -> None:
     items: list[Path] | list[str]
     try:
         if source.suffix == ".txt":
-            items = source.read_text().splitlines()
+            items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             ids = [str(line) for line in range(len(items))]
         else:
             items = find_images(source)
@@ -55,7 +56,9 @@ def main(composed: DictConfig) -> None:
         logger.info("%s is there already; another out, or delete it", target)
         return
     model = load(folder, device=asked.device, workers=asked.workers)
-    facts = {"run": asked.run, "checkpoint": folder.name, "source": str(source)}
+    facts = {"run": asked.run, "checkpoint": folder.name, "source": str(source.resolve())}
+    if source.suffix == ".txt":
+        facts["captions"] = hashlib.sha256(source.read_bytes()).hexdigest()
     try:
         written = embed(model, items, ids, out, asked.format, asked.chunk, facts)
     except ValueError as error:
@@ -64,4 +67,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, verbatim=("source", "out"))
+    launch(main, verbatim=("run", "source", "out"))

@@ -58,4 +58,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, verbatim=("run",))

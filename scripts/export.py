@@ -68,4 +68,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, verbatim=("out",))
+    launch(main, verbatim=("run", "out"))
