@@ -181,7 +181,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     """What a safetensors file holds; ValueError if its header is not true."""
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
 
 

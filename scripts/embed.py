@@ -51,7 +51,9 @@ def main(composed: DictConfig) -> None:
             raise ValueError(f"'{source}' is empty")
     except (ValueError, OSError) as error:
         raise ConfigError([("source", str(error))]) from None
-    out = Path(asked.out) if asked.out else asked.folder / "embeddings" / f"{folder.name}-{source.resolve().stem}"
+    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]  # folders may have the same name
+    name = f"{folder.name}-{source.resolve().stem}-{place}"
+    out = Path(asked.out) if asked.out else asked.folder / "embeddings" / name
     if (target := out.with_name(f"{out.name}.{asked.format}")).exists():
         logger.info("%s is there already; another out, or delete it", target)
         return

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multimodal import checkpoint, distributed
@@ -148,7 +146,7 @@ def read(source: Path) -> dict[str, Tensor]:
     """
     file = _file(source)
     if file.suffix == ".safetensors":
-        return _tidy(_read_safetensors(file), file)
+        return _tidy(checkpoint.load_tensors(file), file)
     if file.suffix in PICKLED:
         return _tidy(_read_pickled(file), file)
     raise ValueError(f"{file} is not a file of weights: known are .safetensors, {', '.join(PICKLED)}")
@@ -174,13 +172,6 @@ def _file(source: Path) -> Path:
         f"several files of weights ({_few(path.name for path in files)}): name one" if files else "no file of weights"
     )
     raise ValueError(f"the folder {source} has {have}")
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
 
 
 def _read_pickled(file: Path) -> Any:
