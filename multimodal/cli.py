@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from multimodal import distributed
 from multimodal.config import ConfigError, RunError
 from multimodal.interop import config_source
-from multimodal.parts import ENTRY_POINT_GROUP, BadSample, did_you_mean
+from multimodal.parts import ENTRY_POINT_GROUP, BadSample, allowed_packages, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
@@ -59,12 +59,7 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
 
     Values of `verbatim` keys are text as it stands: "classes=cat,dog" is not a sweep, and a path may hold anything.
     """
-    logging.basicConfig(
-        level=logging.INFO if distributed.rank() == 0 else logging.WARNING,
-        format="%(message)s" if distributed.rank() == 0 else f"rank {distributed.rank()}: %(message)s",
-        handlers=[_TerminalHandler()],
-        force=True,
-    )
+    _start_logging()
     register_plugins()
     sys.argv[1:] = [_quoted(word, verbatim) for word in sys.argv[1:]]
     overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
@@ -77,6 +72,15 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(str(ConfigError([_retell(str(error))])))
+
+
+def _start_logging() -> None:
+    """Messages of our own, and of packages with parts; other libraries, and other ranks, only warn."""
+    first = distributed.rank() == 0
+    form = "%(message)s" if first else f"rank {distributed.rank()}: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[_TerminalHandler()], force=True)
+    for name in ("__main__", *allowed_packages()):
+        logging.getLogger(name).setLevel(logging.INFO if first else logging.WARNING)
 
 
 def _quoted(word: str, verbatim: Sequence[str]) -> str:

@@ -444,14 +444,16 @@ class Tracker(Part):
 class Format(Part):
     """Another library's form of a trained model."""
 
+    library: ClassVar[str]
+    """Its name, as hubs know it."""
+
     @abstractmethod
-    def write(self, exported: Any, folder: Path) -> None:
-        """Write an `interop.exported.Exported` into a folder; ValueError if it cannot be expressed."""
+    def write(self, exported: Any, folder: Path) -> str:
+        """Write an `export.exported.Exported` into a folder; ValueError if it cannot be expressed.
+
+        What is returned is Python that loads "FOLDER" with the other library, for the model card.
+        """
 
     @abstractmethod
     def differences(self, exported: Any, folder: Path) -> dict[str, float]:
         """Load what was written with the other library, and compare: the largest difference by what is compared."""
-
-    @abstractmethod
-    def usage(self) -> str:
-        """Python that loads the folder in the other library, for the model card."""

@@ -1,6 +1,7 @@
 """Take a run to another library: `scripts/export.py run=NAME to=open_clip`; checks what it wrote with that library."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -40,25 +41,27 @@ def main(composed: DictConfig) -> None:
     if out.exists() and not asked.overwrite:
         raise ConfigError([("out", f"{out} is there already: overwrite=true replaces it")])
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a second, for every file
     from multimodal.assemble import load
-    from multimodal.interop.exported import Exported, read_metrics, write_card
+    from multimodal.export.card import write_card
+    from multimodal.export.exported import Exported, read_record
 
     config, assembled = load(folder, device="cpu")
-    exported = Exported(config, assembled.model.eval(), assembled.readers, read_metrics(asked.folder))
+    exported = Exported(config, assembled.model.eval(), assembled.readers, read_record(asked.folder, folder))
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         try:
-            asked.to.write(exported, partial)
+            usage = asked.to.write(exported, partial)
         except ValueError as error:
             raise ConfigError([("to", str(error))]) from None
         differences = asked.to.differences(exported, partial)
         for what, difference in differences.items():
             logger.info("largest difference of %s: %.1e", what, difference)
-        if max(value for what, value in differences.items() if what != "pixels") > asked.tolerance:
+        if max(differences.values()) > asked.tolerance:
             raise RunError(f"what was written differs by more than tolerance={asked.tolerance}: it is not kept")
-        write_card(exported, partial, asked.to.usage(), differences)
+        write_card(exported, partial, asked.to.library, usage, differences)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)

@@ -3,65 +3,161 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from conftest import TINY, composed
+from test_hf_text import make_config, make_tokenizer
 
 from multimodal.assemble import assemble
 from multimodal.cli import CONF
 from multimodal.config import TrainConfig, check
-from multimodal.interop.exported import Exported, write_card
-from multimodal.interop.huggingface import HuggingFace
-from multimodal.interop.open_clip_folder import OpenClipFolder
+from multimodal.export.card import write_card
+from multimodal.export.exported import Exported, Record, read_record
+from multimodal.export.huggingface import HuggingFace
+from multimodal.export.onnx import Onnx
+from multimodal.export.open_clip import OpenClip
+from multimodal.export.sentence_transformers import SentenceTransformers
 from multimodal.parts import Format
 from multimodal.trainer import Trainer
 
-CLIP = "tokenizer@towers.text.tokenizer=clip_bpe"
-RESNET = ("tower@towers.image=resnet_tiny", "towers.image.image_size=32", "towers.image.width=8")
-FORMATS: dict[str, Format] = {"open_clip": OpenClipFolder(), "huggingface": HuggingFace()}
+FORMATS: dict[str, Format] = {
+    "open_clip": OpenClip(),
+    "huggingface": HuggingFace(),
+    "onnx": Onnx(),
+    "sentence_transformers": SentenceTransformers(),
+}
+MODELS = {
+    "default": (),
+    "clip_bpe": ("tokenizer@towers.text.tokenizer=clip_bpe", "towers.text.context_length=77"),
+    "quick_gelu": (
+        "towers.image.resize=squash",
+        "towers.image.interpolation=bilinear",
+        "towers.image.activation=quick_gelu",
+        "towers.text.activation=quick_gelu",
+    ),
+    "resnet": ("tower@towers.image=resnet_tiny", "towers.image.image_size=32", "towers.image.width=8"),
+    "average": (
+        "towers.image.pool=avg",
+        "towers.image.resize=longest",
+        "towers.text.causal=false",
+        "towers.text.projection=linear_bias",
+    ),
+    "attention": ("towers.image.pool=attn", "towers.image.pool_heads=1", "towers.image.grad_checkpointing=true"),
+    "timm": ("tower@towers.image=timm", "towers.image.name=convnext_atto", "towers.image.image_size=32"),
+    "bert": ("tower@towers.text=hf_text", "towers.text.context_length=20", "towers.text.pretrained=false"),
+}
+REFUSED = {"resnet", "average", "attention", "timm", "bert"}
+"""What CLIPModel cannot be."""
 
 
-def exported(*overrides: str) -> Exported:
-    base = [word for word in TINY if not (RESNET[0] in overrides and "towers.image" in word)]
-    if CLIP in overrides:
+def exported(name: str, tmp_path: Path) -> Exported:
+    overrides = [*MODELS[name]]
+    replaced = [word.split("@")[1].split("=")[0] for word in overrides if word.startswith("tower@")]
+    base = [word for word in TINY if not any(part in word for part in replaced)]
+    if name == "clip_bpe":
         base = [word for word in base if "tokenizer.vocab_size" not in word]
+    if name == "bert":
+        make_config("bert", tmp_path / "bert")
+        overrides.append(f"towers.text.name={make_tokenizer('bert', tmp_path / 'bert')}")
     config = check(composed(*base, *overrides), TrainConfig)
     assembled = assemble(config, config.dataset.build(Path("nowhere")), None)
-    return Exported(config, assembled.model.eval(), assembled.readers, {"eval/shapes/top1": 0.5})
+    record = Record(8, 64, "fp32", {"eval/shapes/top1": 0.5}, {"torch": "2.15.0"})
+    return Exported(config, assembled.model.eval(), assembled.readers, record)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        (),
-        (CLIP, "towers.text.context_length=77"),
-        (
-            "towers.image.resize=squash",
-            "towers.image.interpolation=bilinear",
-            "towers.image.activation=quick_gelu",
-            "towers.text.activation=quick_gelu",
-        ),
-        (*RESNET,),
-        ("towers.image.pool=avg", "towers.text.causal=false", "towers.text.projection=linear_bias"),
-    ],
-)
-def test_another_library_gives_the_same_features(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    taken = exported(*overrides)
-    if name == "huggingface" and (overrides == RESNET or "towers.image.pool=avg" in overrides):
+def cases() -> list[Any]:
+    """Every format with every model; some of those that take long only in the slow suite."""
+    often = {
+        "open_clip": set(MODELS),
+        "huggingface": set(MODELS),
+        "onnx": {"bert"},
+        "sentence_transformers": {"resnet"},
+    }
+    return [
+        pytest.param(form, model, marks=() if model in often[form] else pytest.mark.slow)
+        for form in FORMATS
+        for model in MODELS
+    ]
+
+
+@pytest.mark.parametrize(("form", "model"), cases())
+def test_another_library_gives_the_same_features(form: str, model: str, tmp_path: Path) -> None:
+    taken, folder = exported(model, tmp_path), tmp_path / "export"
+    folder.mkdir()
+    if form == "huggingface" and model in REFUSED:
         with pytest.raises(ValueError, match="to=open_clip can do others"):
-            FORMATS[name].write(taken, tmp_path)
+            FORMATS[form].write(taken, folder)
+        assert not list(folder.iterdir())
         return
-    FORMATS[name].write(taken, tmp_path)
-    differences = FORMATS[name].differences(taken, tmp_path)
-    assert differences["token ids"] == 0
-    assert differences["pixels"] < 1e-5
-    assert differences["image features"] < 1e-5
-    assert differences["text features"] < 1e-5
-    write_card(taken, tmp_path, FORMATS[name].usage(), differences)
+    usage = FORMATS[form].write(taken, folder)
+    differences = FORMATS[form].differences(taken, folder)
+    assert {"image features", "text features"} <= differences.keys()
+    assert max(differences.values()) < 1e-5, differences
+    assert ("trust_remote_code" in usage) == (form == "sentence_transformers" and model in REFUSED)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_difference_is_seen(form: str, tmp_path: Path) -> None:
+    taken = exported("default", tmp_path)
+    FORMATS[form].write(taken, tmp_path)
+    with torch.no_grad():
+        for tower in taken.model.towers.values():
+            for parameter in tower.projection.parameters():  # type: ignore[union-attr]
+                parameter += 0.01 * torch.randn_like(parameter)
+    differences = FORMATS[form].differences(taken, tmp_path)
+    assert differences["image features"] > 1e-4
+    assert differences["text features"] > 1e-4
+
+
+def test_the_onnx_program_needs_nothing_of_ours(tmp_path: Path) -> None:
+    taken = exported("default", tmp_path)
+    Onnx().write(taken, tmp_path)
+    code = (
+        "import sys\n"
+        "from onnx_model import ImageTextModel\n"
+        "from PIL import Image\n"
+        "Image.new('RGB', (50, 40), 'red').save('a.png')\n"
+        "model = ImageTextModel(batch_size=2)\n"
+        "print((model.encode_image(['a.png']) @ model.encode_text(['a', 'b', 'c']).T).shape)\n"
+        "assert not {'torch', 'multimodal', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["(1,", "3)"]
+
+
+def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
+    taken = exported("default", tmp_path)
+    write_card(taken, tmp_path, "open_clip", "import open_clip", {"pixels": 1e-7})
     card = (tmp_path / "README.md").read_text()
-    assert "eval/shapes/top1: 0.5000" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "open_clip"
+    for told in (
+        "eval/shapes/top1 | 0.5000",
+        "ViT",
+        "TextTransformer",
+        "torch | 2.15.0",
+        "pixels | 1.0e-07",
+        "8 steps",
+    ):
+        assert told in card
     assert str(tmp_path) not in card
+
+
+def test_metrics_of_a_card_are_those_of_its_checkpoint(tmp_path: Path) -> None:
+    metrics = ("evals=[shapes]", "evals.shapes.every=4steps", "evals.shapes.dataset.size=40", "checkpoint.every=4steps")
+    config = check(composed(*[w for w in TINY if w != "evals=[]"], *metrics, f"paths.runs={tmp_path}"), TrainConfig)
+    Trainer(config).run()
+    rows = [yaml.safe_load(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    for step in (4, 8):
+        record = read_record(tmp_path / "tiny", tmp_path / "tiny" / "checkpoints" / f"step-{step:08d}")
+        wanted = {k: v for row in rows if row["step"] == step for k, v in row.items() if k.startswith("eval/")}
+        assert record.step == step
+        assert record.num_samples == 64
+        assert record.metrics == wanted
+        assert record.versions["torch"] == torch.__version__.split("+")[0]
 
 
 @pytest.mark.slow

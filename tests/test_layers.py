@@ -19,6 +19,7 @@ LAYERS = (
     ("config", "model", "optim", "encoder"),
     ("step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "finished_run", "run_folder"),
+    ("export",),
     ("dry_run", "kept_features", "trainer"),
     ("api", "cli"),
     ("embeddings",),

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from multimodal.interop.exported import TEXTS, Exported, largest, pictures, save_tokenizer
+from multimodal.export.exported import TEXTS, Exported, largest, pictures
+from multimodal.export.tokenizer import save_tokenizer
 from multimodal.parts import Format
 from multimodal.towers.text_transformer import TextTransformer
 from multimodal.towers.vit import ViT
@@ -27,12 +28,20 @@ TEXT = {
 }
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
+USAGE = """\
+from transformers import AutoProcessor, CLIPModel
+
+model = CLIPModel.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # resizes images as in training"""
+
 
 class HuggingFace(Format):
     """CLIPModel of transformers: a vision transformer with class token beside a causal text transformer."""
 
-    def write(self, exported: Exported, folder: Path) -> None:
-        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    library: ClassVar[str] = "transformers"
+
+    def write(self, exported: Exported, folder: Path) -> str:
+        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
         image, text = _expressible(exported)
         encoding = exported.text.encoding
@@ -66,42 +75,28 @@ class HuggingFace(Format):
             image_mean=list(image.mean),
             image_std=list(image.std),
         ).save_pretrained(folder)
-        if not save_tokenizer(exported, folder):
-            _clip_tokenizer(CLIPTokenizer, folder, text.context_length)
+        save_tokenizer(exported, folder)
+        return USAGE
 
     @torch.no_grad()
     def differences(self, exported: Exported, folder: Path) -> dict[str, float]:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        from transformers import AutoProcessor, CLIPModel
 
         model: Any = CLIPModel.from_pretrained(folder).eval()
-        tower: Any = exported.model.towers["image"]
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
         images, texts = exported.features()
-        pixels = (exported.pixels() / 255 - tower.mean) / tower.std
-        theirs = AutoImageProcessor.from_pretrained(folder, backend="pil")(pictures(), return_tensors="pt")[
-            "pixel_values"
-        ]
-        ids = AutoTokenizer.from_pretrained(folder)(
-            list(TEXTS),
-            padding="max_length",
-            truncation=True,
-            max_length=exported.text.context_length,
-            return_tensors="pt",
+        theirs = processor(images=pictures(), return_tensors="pt").pixel_values
+        length = exported.text.context_length
+        ids = processor(
+            text=list(TEXTS), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         unit = torch.nn.functional.normalize
         return {
-            "pixels": largest(pixels, theirs),
+            "pixels": largest(exported.normalised(), theirs),
             "image features": largest(images, unit(_pooled(model.get_image_features(pixel_values=theirs)), dim=-1)),
             "token ids": _different_ids(exported, ids),
             "text features": largest(texts, unit(_pooled(model.get_text_features(input_ids=ids)), dim=-1)),
         }
-
-    def usage(self) -> str:
-        return (
-            "from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel\n\n"
-            'model = CLIPModel.from_pretrained("FOLDER")\n'
-            'images = AutoImageProcessor.from_pretrained("FOLDER", backend="pil")  # resizes as in training\n'
-            'texts = AutoTokenizer.from_pretrained("FOLDER")'
-        )
 
 
 def _pooled(output: Any) -> Tensor:
@@ -174,14 +169,3 @@ def _block(prefix: str, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor
         yield f"{place}self_attn.out_proj.{last}", tensor
     else:
         yield f"{place}{BLOCK[module]}.{last}", tensor
-
-
-def _clip_tokenizer(kind: Any, folder: Path, context_length: int) -> None:
-    """CLIP's own vocabulary, which comes with open_clip, in the form of transformers."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    theirs = SimpleTokenizer()
-    merges = [pair for pair, _ in sorted(theirs.bpe_ranks.items(), key=lambda item: item[1])]
-    tokens = {"<|startoftext|>": theirs.sot_token_id, "<|endoftext|>": theirs.eot_token_id}
-    vocabulary = {token: place for token, place in theirs.encoder.items() if place not in tokens.values()} | tokens
-    kind(vocab=vocabulary, merges=merges, model_max_length=context_length).save_pretrained(folder)

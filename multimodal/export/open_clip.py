@@ -2,20 +2,32 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from multimodal.export.exported import TEXTS, Exported, largest, pictures, save_tensors
+from multimodal.export.tokenizer import is_clips_own, save_tokenizer
 from multimodal.interop import architectures, names
-from multimodal.interop.exported import TEXTS, Exported, largest, pictures, save_tensors, save_tokenizer
 from multimodal.parts import Format
 
+USAGE = """\
+import open_clip
 
-class OpenClipFolder(Format):
+place = "local-dir:FOLDER"
+model, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)
+tokenizer = open_clip.get_tokenizer(place)"""
+
+
+class OpenClip(Format):
     """Configuration, weights and vocabulary as open_clip has them."""
 
-    def write(self, exported: Exported, folder: Path) -> None:
-        own = save_tokenizer(exported, folder)
+    library: ClassVar[str] = "open_clip"
+
+    def write(self, exported: Exported, folder: Path) -> str:
+        own = not is_clips_own(exported)
+        if own:
+            save_tokenizer(exported, folder)
         model_cfg, preprocess_cfg = architectures.to_open_clip(
             exported.config.towers,
             exported.config.model,
@@ -26,6 +38,7 @@ class OpenClipFolder(Format):
         (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2))
         state = names.to_open_clip(exported.model, bool(model_cfg.get("custom_text")))
         save_tensors(state, folder / "open_clip_model.safetensors")
+        return USAGE
 
     @torch.no_grad()
     def differences(self, exported: Exported, folder: Path) -> dict[str, float]:
@@ -37,19 +50,10 @@ class OpenClipFolder(Format):
         model.eval()
         images, texts = exported.features()
         pixels = torch.stack([preprocess(picture) for picture in pictures()])
-        tower: Any = exported.model.towers["image"]
         ids = open_clip.get_tokenizer(place)(list(TEXTS))
         return {
-            "pixels": largest((exported.pixels() / 255 - tower.mean) / tower.std, pixels),
+            "pixels": largest(exported.normalised(), pixels),
             "image features": largest(images, model.encode_image(pixels, normalize=True)),
             "token ids": largest(exported.ids().float(), ids.float()),
             "text features": largest(texts, model.encode_text(ids, normalize=True)),
         }
-
-    def usage(self) -> str:
-        return (
-            "import open_clip\n\n"
-            'place = "local-dir:FOLDER"\n'
-            "model, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)\n"
-            "tokenizer = open_clip.get_tokenizer(place)"
-        )
