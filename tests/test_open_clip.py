@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from multimodal.config import ModelSection
 from multimodal.data.augment import Keep
 from multimodal.interop import architectures, names
+from multimodal.interop.cfg import PREPROCESS
+from multimodal.interop.cfg_to_towers import from_open_clip
+from multimodal.interop.towers_to_cfg import to_open_clip
 from multimodal.model import Model
 from multimodal.towers.images import ImageTower
 from multimodal.towers.text import TextPreprocessor, TextTower
@@ -89,7 +92,7 @@ def theirs(cfg: dict[str, Any]) -> nn.Module:
 
 
 def ours(cfg: dict[str, Any]) -> Model:
-    model, towers = architectures.from_open_clip(cfg, {})
+    model, towers = from_open_clip(cfg, {})
     image, text = towers["image"], towers["text"]
     assert isinstance(image, ImageTower)
     assert isinstance(text, TextTower)
@@ -218,8 +221,8 @@ def test_every_architecture_of_open_clip_is_told_and_told_back(name: str) -> Non
         with pytest.raises(ValueError, match=f"open_clip's {name}: is a CoCa, with a text decoder"):
             architectures.architecture(name)
         return
-    model, towers = architectures.from_open_clip(model_cfg, preprocess_cfg)
-    told, preprocess = architectures.to_open_clip(towers, section(model), encoding(model_cfg))
+    model, towers = from_open_clip(model_cfg, preprocess_cfg)
+    told, preprocess = to_open_clip(towers, section(model), encoding(model_cfg))
     assert whole(told) == whole(model_cfg)
     size = model_cfg["vision_cfg"].get("image_size", 224)
     assert preprocess == {**preprocess_cfg, "size": size}
@@ -232,7 +235,7 @@ def test_there_are_architectures() -> None:
 def test_defaults_of_preprocessing_are_open_clips() -> None:
     from open_clip.transform import PreprocessCfg
 
-    assert vars(PreprocessCfg()) == architectures.PREPROCESS
+    assert vars(PreprocessCfg()) == PREPROCESS
 
 
 def test_a_tag_brings_its_preprocessing_and_activation() -> None:
@@ -268,16 +271,16 @@ def test_what_our_towers_cannot_be_is_refused(where: str, change: dict[str, Any]
     cfg = copy.deepcopy(SMALL["ViT"])
     cfg[where] |= change
     with pytest.raises(ValueError, match=reason):
-        architectures.from_open_clip(cfg, {})
+        from_open_clip(cfg, {})
 
 
 def test_what_open_clip_cannot_be_is_refused() -> None:
-    model, towers = architectures.from_open_clip(SMALL["ViT"], {})
+    model, towers = from_open_clip(SMALL["ViT"], {})
     quick = towers["text"].model_copy(update={"activation": "quick_gelu"})
     with pytest.raises(ValueError, match="both transformers have activation=quick_gelu, or neither"):
-        architectures.to_open_clip({**towers, "text": quick}, section(model))
+        to_open_clip({**towers, "text": quick}, section(model))
     image = towers["image"].model_copy(update={"projection": "mlp"})
     with pytest.raises(ValueError, match="has projection=linear, this one mlp"):
-        architectures.to_open_clip({**towers, "image": image}, section(model))
+        to_open_clip({**towers, "image": image}, section(model))
     with pytest.raises(ValueError, match="one image and one text tower; these are: image"):
-        architectures.to_open_clip({"image": towers["image"]}, section(model))
+        to_open_clip({"image": towers["image"]}, section(model))

@@ -19,7 +19,7 @@ from multimodal import checkpoint
 from multimodal.config import ConfigError, ModelSection
 from multimodal.data.augment import Keep
 from multimodal.interop import names, weights
-from multimodal.interop.architectures import from_open_clip
+from multimodal.interop.cfg_to_towers import from_open_clip
 from multimodal.model import Model
 from multimodal.towers.images import ImageTower
 from multimodal.towers.text import TextPreprocessor, TextTower

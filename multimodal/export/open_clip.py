@@ -8,7 +8,7 @@ import torch
 
 from multimodal.export.exported import TEXTS, Exported, largest, pictures, save_tensors
 from multimodal.export.tokenizer import is_clips_own, save_tokenizer
-from multimodal.interop import architectures, names
+from multimodal.interop import names, towers_to_cfg
 from multimodal.parts import Format
 
 USAGE = """\
@@ -28,7 +28,7 @@ class OpenClip(Format):
         own = not is_clips_own(exported)
         if own:
             save_tokenizer(exported, folder)
-        model_cfg, preprocess_cfg = architectures.to_open_clip(
+        model_cfg, preprocess_cfg = towers_to_cfg.to_open_clip(
             exported.config.towers,
             exported.config.model,
             exported.text.encoding,
