@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from multimodal import distributed
 from multimodal.config import ConfigError, RunError
 from multimodal.interop import config_source
-from multimodal.parts import ENTRY_POINT_GROUP, BadSample, allowed_packages, did_you_mean
+from multimodal.parts import BadSample
+from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100

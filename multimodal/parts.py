@@ -1,172 +1,31 @@
-"""The contracts on one page: what a part of an experiment is, and how one is described and found.
+"""The contracts on one page: what a part of an experiment is.
 
-A part is a frozen pydantic model whose fields are its knobs. Its YAML names the class in `_target_`; `resolve` turns
-such a mapping into the part, from allowed packages only: this one, and installed packages with the entry point group
-`multimodal.parts`. A field annotated with a contract (`loss: dict[str, Loss]`) resolves by itself.
+A part is a frozen pydantic model: its fields are its knobs, each with a unit or bounds and a line of text, and its YAML
+sets them and names the class in `_target_`. How that becomes the part is in `resolve`; what the file of a part needs of
+it can be imported from here.
 """
 
-import difflib
-import importlib
-import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    Strict,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic import Field, Strict, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
 from multimodal.batch import Features, Sample
+from multimodal.resolve import Operational as Operational
+from multimodal.resolve import Part as Part
+from multimodal.resolve import Section as Section
+from multimodal.resolve import did_you_mean as did_you_mean
 from multimodal.units import Cadence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
-
-ENTRY_POINT_GROUP = "multimodal.parts"
-
-
-# --- describing -----------------------------------------------------------------------------------------------------
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The hint "Did you mean 'x'?" for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def problem(message: str, *path: str | int, value: object = None) -> InitErrorDetails:
-    """One line of a ValidationError, at `path` below the value under validation."""
-    return InitErrorDetails(
-        type=PydanticCustomError("problem", "{message}", {"message": message}), loc=path, input=value
-    )
-
-
-T = TypeVar("T")
-Operational = Annotated[T, "operational"]
-"""Marks a field that changes where, how fast or how often watched, and not what is computed."""
-
-
-class Section(BaseModel):
-    """Typed fields and nothing beside them: unknown keys are refused, with the nearest known name; strict scalars."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _suggest_names(cls, value: Any, handler: Callable[[Any], Self]) -> Self:
-        try:
-            return handler(value)
-        except ValidationError as error:
-            lines = []
-            for line in error.errors(include_url=False):
-                message = line["msg"]
-                if line["type"] == "extra_forbidden" and len(line["loc"]) == 1:
-                    message = "unknown key." + did_you_mean(str(line["loc"][0]), cls.model_fields)
-                elif line["type"] == "missing":
-                    message = "no value given"
-                elif line["type"] not in ("problem", "value_error", "extra_forbidden"):
-                    message = f"{message[:1].lower()}{message[1:]}, got {line['input']!r}"
-                lines.append(problem(message.removeprefix("Value error, "), *line["loc"], value=line["input"]))
-            raise ValidationError.from_exception_data(cls.__name__, lines) from None
-
-
-class Part(Section, ABC):
-    """Base of every contract: a part is its knobs; the subclass says what it does with them."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        if inspect.isabstract(cls):  # a contract: the value says by `_target_` which of its parts it is
-            return core_schema.no_info_plain_validator_function(lambda value: resolve(value, cls))
-        return handler(source)
-
-    @classmethod
-    def contract(cls) -> "type[Part]":
-        """Which of the contracts on this page the part fills."""
-        return next(base for base in cls.__mro__ if base.__module__ == __name__)
-
-    @classmethod
-    def target(cls) -> str:
-        """What `_target_` says of this part."""
-        return f"{cls.__module__}.{cls.__qualname__}"
-
-    @model_serializer(mode="wrap")
-    def _name_target(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        return {"_target_": self.target(), **handler(self)}
-
-
-P = TypeVar("P", bound=Part)
-
-
-# --- finding --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def allowed_packages() -> frozenset[str]:
-    """Top-level packages that parts may come from: ours, and those installed ones that announce themselves."""
-    announced = (point.value.split(":")[0].split(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP))
-    return frozenset({"multimodal", *announced})
-
-
-def find_part(target: str, contract: type[Part]) -> type[Part]:
-    """The class that `target` names; ValueError if it is not an allowed `contract`, before anything is imported."""
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
-        raise ValueError(f"'{target}' is not a dotted path to a class")
-    package, (module_name, _, name) = target.split(".")[0], target.rpartition(".")
-    if package not in allowed_packages():
-        allowed = ", ".join(sorted(allowed_packages()))
-        raise ValueError(f"'{target}' is outside the packages that parts may come from ({allowed})")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"'{module_name}' needs the package '{error.name}', which is not installed") from None
-        raise ValueError(f"there is no module '{error.name}'") from None
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"'{module_name}' cannot be imported: {error}") from None
-    parts = {k: v for k, v in vars(module).items() if inspect.isclass(v) and issubclass(v, Part)}
-    found = parts.get(name)
-    if found is None:
-        raise ValueError(f"'{module_name}' has no part '{name}'.{did_you_mean(name, parts)}")
-    if inspect.isabstract(found):
-        raise ValueError(f"'{name}' is what parts derive from, not a part itself")
-    if not issubclass(found, contract):
-        kinds = f"wanted is one of kind {contract.__name__}, this is of kind {found.contract().__name__}"
-        raise ValueError(f"'{name}' is the wrong kind of part: {kinds}")
-    return found
-
-
-def resolve(value: Any, contract: type[P]) -> P:
-    """The part that a mapping with `_target_` describes; every problem in it is reported at its own path."""
-    if isinstance(value, contract):
-        return value
-    if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
-        message = f"should be a {contract.__name__}: a mapping whose `_target_` names one"
-        raise ValidationError.from_exception_data(contract.__name__, [problem(message, value=value)])
-    try:
-        found = find_part(value["_target_"], contract)
-    except ValueError as error:
-        line = problem(str(error), "_target_", value=value["_target_"])
-        raise ValidationError.from_exception_data(contract.__name__, [line]) from None
-    return found.model_validate({key: item for key, item in value.items() if key != "_target_"})  # type: ignore[return-value]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

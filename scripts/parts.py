@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from multimodal.parts import Part, Section, allowed_packages
+from multimodal.resolve import Part, Section, allowed_packages
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
 

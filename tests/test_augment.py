@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from multimodal.data.augment import Keep, RandomCrop
-from multimodal.parts import Augment, resolve
+from multimodal.parts import Augment
+from multimodal.resolve import resolve
 
 CONF = Path(__file__).parents[1] / "conf"
 BICUBIC = Image.Resampling.BICUBIC

@@ -12,7 +12,6 @@ from conftest import Compose, TinyConfig
 from hydra.core.plugins import Plugins
 from pydantic import ValidationError
 
-from multimodal import parts
 from multimodal.cli import CONF, PartsSearchPath
 from multimodal.config import ConfigError, TrainConfig, check
 from multimodal.losses.infonce import InfoNCE
@@ -27,10 +26,8 @@ from multimodal.parts import (
     Tokenizer,
     Tower,
     Tracker,
-    allowed_packages,
-    find_part,
-    resolve,
 )
+from multimodal.resolve import allowed_packages, find_part, resolve
 
 GOOD = "multimodal.losses.infonce.InfoNCE"
 
@@ -108,7 +105,7 @@ def test_a_module_that_lacks_a_package_says_which(tmp_path: Path, monkeypatch: p
     (tmp_path / "announced_package").mkdir()
     (tmp_path / "announced_package" / "__init__.py").write_text("import no_such_package_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(parts, "allowed_packages", lambda: frozenset({"announced_package"}))
+    monkeypatch.setattr("multimodal.resolve.allowed_packages", lambda: frozenset({"announced_package"}))
     with pytest.raises(ValueError, match="needs the package 'no_such_package_at_all', which is not installed"):
         find_part("announced_package.Some", Loss)
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from multimodal.data.shapes import COLOURS, SHAPES, TEXTURES, Shapes, ShapesSource, kinds
 from multimodal.data.shapes_captions import OPPOSITES, PATTERNS, SYNONYMS, TEMPLATES, Kind
-from multimodal.parts import Dataset, resolve
+from multimodal.parts import Dataset
+from multimodal.resolve import resolve
 
 MANY = 4000
 NOWHERE = Path("nowhere")

@@ -22,7 +22,8 @@ from multimodal.data.arrays import Arrays
 from multimodal.data.image_folder import ImageFolder
 from multimodal.data.manifest import Manifest
 from multimodal.data.shards import Shards
-from multimodal.parts import BadSample, Dataset, Source, resolve
+from multimodal.parts import BadSample, Dataset, Source
+from multimodal.resolve import resolve
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -14,7 +14,7 @@ from torch import nn
 from multimodal.cli import CONF
 from multimodal.config import TrainConfig, check
 from multimodal.data.augment import Keep
-from multimodal.parts import Part, find_part
+from multimodal.resolve import Part, find_part
 
 FILES = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))

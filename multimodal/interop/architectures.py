@@ -6,7 +6,7 @@ from pathlib import Path
 
 from multimodal.interop.cfg import PREPROCESS, Json
 from multimodal.interop.cfg_to_towers import Architecture, from_open_clip
-from multimodal.parts import did_you_mean
+from multimodal.resolve import did_you_mean
 
 
 def folder() -> Path | None:

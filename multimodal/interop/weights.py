@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from multimodal import checkpoint, distributed
 from multimodal.interop import names
 from multimodal.model import Model
-from multimodal.parts import did_you_mean
+from multimodal.resolve import did_you_mean
 
 SCHEME = "open_clip:"
 PREFERRED = (  # open_clip's order, in a folder
