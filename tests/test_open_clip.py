@@ -16,6 +16,8 @@ from multimodal.interop.cfg import PREPROCESS
 from multimodal.interop.cfg_to_towers import from_open_clip
 from multimodal.interop.towers_to_cfg import to_open_clip
 from multimodal.model import Model
+from multimodal.towers.byte_bpe import ByteBPE
+from multimodal.towers.hf_tokenizer import HFTokenizer
 from multimodal.towers.images import ImageTower
 from multimodal.towers.text import TextPreprocessor, TextTower
 
@@ -272,6 +274,20 @@ def test_what_our_towers_cannot_be_is_refused(where: str, change: dict[str, Any]
     cfg[where] |= change
     with pytest.raises(ValueError, match=reason):
         from_open_clip(cfg, {})
+
+
+@pytest.mark.parametrize(("clean", "told"), [("none", {}), ("lower", {"clean": "lower"})])
+def test_open_clip_is_told_how_captions_were_cleaned(clean: Any, told: dict[str, str]) -> None:
+    model, towers = from_open_clip(SMALL["ViT"], {})
+    learnt = ByteBPE(vocab_size=300, max_captions=1, clean=clean)
+    text = towers["text"].model_copy(update={"tokenizer": learnt})
+    cfg, _ = to_open_clip({**towers, "text": text}, section(model), encoding(SMALL["ViT"]), "here")
+    assert cfg["text_cfg"]["tokenizer_kwargs"] == told
+    assert cfg["text_cfg"]["hf_tokenizer_name"] == "here"
+    theirs = HFTokenizer(name="here", clean=clean, strip_sep=False)
+    text = towers["text"].model_copy(update={"tokenizer": theirs})
+    cfg, _ = to_open_clip({**towers, "text": text}, section(model), encoding(SMALL["ViT"]))
+    assert cfg["text_cfg"]["tokenizer_kwargs"] == {**told, "strip_sep_token": False}
 
 
 def test_what_open_clip_cannot_be_is_refused() -> None:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
+from tokenizers import Tokenizer as Vocabulary
+from tokenizers import normalizers
 from torch import Tensor, nn
 
 from multimodal.config import ModelSection
 from multimodal.data.augment import Keep
 from multimodal.model import Model
 from multimodal.parts import TowerModule
-from multimodal.towers.byte_bpe import ByteBPE
+from multimodal.towers.byte_bpe import FILE, ByteBPE
 from multimodal.towers.clip_bpe import ClipBPE
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor
 from multimodal.towers.resnet import ResNet
@@ -108,9 +110,9 @@ def test_clip_tokens_are_those_of_open_clip(context_length: int) -> None:
         assert torch.equal(ids, theirs([caption])[0])
 
 
-def learnt(vocab_size: int = 400) -> Any:
+def learnt(vocab_size: int = 400, clean: Any = "none") -> Any:
     captions = [f"a photo of a {colour} cat" for colour in ("red", "green", "blue")] * 5
-    return ByteBPE(vocab_size=vocab_size, max_captions=1000).build(lambda: captions, None)
+    return ByteBPE(vocab_size=vocab_size, max_captions=1000, clean=clean).build(lambda: captions, None)
 
 
 @pytest.mark.parametrize("caption", [c for c in CAPTIONS if len(c) < 100] + [string.printable[:60]])
@@ -118,7 +120,31 @@ def test_learnt_tokens_say_any_text_in_lower_case(caption: str) -> None:
     import unicodedata
 
     encoding = learnt()
-    assert encoding.decode(torch.tensor(encoding(caption))) == unicodedata.normalize("NFC", caption).lower().strip()
+    said = " ".join(unicodedata.normalize("NFC", caption).lower().split())
+    assert encoding.decode(torch.tensor(encoding(caption))) == said
+
+
+def test_learnt_tokens_are_of_the_cleaned_text_if_asked() -> None:
+    plain, cleaned = learnt(), learnt(clean="whitespace")
+    assert cleaned("it\u2019s a  cat &amp;amp; a dog ") == plain("it's a cat & a dog")
+    assert plain("cat &amp; dog") != plain("cat & dog")
+
+
+def test_what_is_learnt_is_learnt_from_cleaned_captions() -> None:
+    part = ByteBPE(vocab_size=400, max_captions=1000, clean="whitespace")
+    assert len(part.build(lambda: ["&lt;&lt;&lt;&lt;"] * 100, None)("<<<<")) == 3
+
+
+def test_a_vocabulary_kept_before_white_space_was_single_gives_the_tokens_that_it_gave(tmp_path: Path) -> None:
+    encoding = learnt()
+    before = Vocabulary.from_str(encoding.vocabulary.to_str())
+    before.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    (tmp_path / FILE).write_text(before.to_str())
+    again = ByteBPE(vocab_size=400, max_captions=1000).build(no_captions, tmp_path)
+    before.encode_special_tokens = True
+    for caption in CAPTIONS:
+        assert again(caption) == [encoding.start, *before.encode(caption).ids, encoding.end]
+    assert again("a  cat") != encoding("a  cat")
 
 
 def test_the_end_token_has_the_highest_id_and_is_kept_where_the_text_is_cut() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from multimodal.config import ModelSection
 from multimodal.interop.cfg import CLIP_VOCABULARY, LOGIT_SCALE, NORM_EPS, POOLERS, PREPROCESS, TANH, Json
 from multimodal.parts import Encoding, Tower
+from multimodal.towers.byte_bpe import ByteBPE
 from multimodal.towers.clip_bpe import ClipBPE
 from multimodal.towers.hf_text import HFText
 from multimodal.towers.hf_tokenizer import HFTokenizer
@@ -105,7 +106,9 @@ def _from_text(tower: TextTower, encoding: Encoding | None, tokenizer: str | Non
     cfg: Json = {"context_length": tower.context_length}
     if isinstance(tower.tokenizer, HFTokenizer):
         cfg["hf_tokenizer_name"] = tokenizer or tower.tokenizer.name or getattr(tower, "name", None)
-        cfg["tokenizer_kwargs"] = {"clean": tower.tokenizer.clean, "strip_sep_token": tower.tokenizer.strip_sep}
+        cfg["tokenizer_kwargs"] = {**_clean(tower.tokenizer), "strip_sep_token": tower.tokenizer.strip_sep}
+    elif isinstance(tower.tokenizer, ByteBPE) and tokenizer is not None:
+        cfg |= {"hf_tokenizer_name": tokenizer, "tokenizer_kwargs": _clean(tower.tokenizer)}
     elif tokenizer is not None:
         cfg["hf_tokenizer_name"] = tokenizer
     elif not isinstance(tower.tokenizer, ClipBPE):
@@ -142,6 +145,10 @@ def _from_text(tower: TextTower, encoding: Encoding | None, tokenizer: str | Non
         **_options(tower),
     }
     return cfg, tower.activation == "quick_gelu"
+
+
+def _clean(tokenizer: HFTokenizer | ByteBPE) -> Json:
+    return {} if tokenizer.clean == "none" else {"clean": tokenizer.clean}
 
 
 def _pool(tower: TextTransformer, encoding: Encoding | None, clip: bool) -> Json:

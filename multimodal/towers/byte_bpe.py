@@ -5,12 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Vocabulary
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from multimodal import distributed
 from multimodal.parts import Tokenizer
+from multimodal.towers.clean import Clean, cleaner
 
 FILE = "tokenizer.json"
 PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
@@ -19,15 +20,15 @@ PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
 class _Encoding:
     pad = 0
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, clean: Clean) -> None:
+        self.vocabulary, self.clean = vocabulary, cleaner(clean)
         vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
         self.vocab_size = vocabulary.get_vocab_size()
         self.end: int = self.vocab_size - 1
         self.start: int = self.end - 1
 
     def __call__(self, text: str) -> list[int]:
-        return [self.start, *self.vocabulary.encode(text).ids, self.end]
+        return [self.start, *self.vocabulary.encode(self.clean(text)).ids, self.end]
 
     def decode(self, ids: Tensor) -> str:
         text: str = self.vocabulary.decode(ids.tolist(), skip_special_tokens=True)
@@ -38,9 +39,15 @@ class _Encoding:
 
 
 def train(captions: Iterable[str], vocab_size: int) -> Vocabulary:
-    """A lower-casing byte-level vocabulary: no text is unknown to it; the end token has the highest id, as in CLIP."""
+    """A byte-level vocabulary: no text is unknown to it; the end token has the highest id, as in CLIP.
+
+    It makes letters small and white space single by itself, so that every library that reads it does.
+    """
     vocabulary = Vocabulary(models.BPE())
-    vocabulary.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    single = normalizers.Replace(Regex(r"\s+"), " ")
+    vocabulary.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase(), single, normalizers.Strip()]
+    )
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     vocabulary.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -61,9 +68,16 @@ class ByteBPE(Tokenizer):
     """Most tokens there may be, the 256 bytes and 3 special ones included; fewer if the captions have no more pairs."""
     max_captions: int = Field(gt=0)
     """Learn from at most so many captions, the first ones."""
+    clean: Clean = "none"
+    """What is done to captions before: none, characters mended and white space made single, lower case too, or
+    punctuation removed (canonicalize). open_clip has no none: it makes white space single."""
 
     def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> _Encoding:
         if saved is not None:
-            return _Encoding(Vocabulary.from_file(str(saved / FILE)))
-        text = distributed.on_first_rank(lambda: train(islice(captions(), self.max_captions), self.vocab_size).to_str())
-        return _Encoding(Vocabulary.from_str(text))
+            return _Encoding(Vocabulary.from_file(str(saved / FILE)), self.clean)
+
+        def learn() -> str:
+            cleaned = map(cleaner(self.clean), islice(captions(), self.max_captions))
+            return train(cleaned, self.vocab_size).to_str()
+
+        return _Encoding(Vocabulary.from_str(distributed.on_first_rank(learn)), self.clean)

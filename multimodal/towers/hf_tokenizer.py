@@ -3,17 +3,16 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor
 
 from multimodal.parts import Tokenizer
+from multimodal.towers.clean import Clean, cleaner
 
 VOCABULARY, FACTS = "tokenizer.json", "tokenizer_facts.json"
-
-Clean = Literal["none", "whitespace", "lower", "canonicalize"]
 
 
 class HFEncoding:
@@ -22,7 +21,7 @@ class HFEncoding:
     def __init__(self, vocabulary: Vocabulary, facts: dict[str, Any]) -> None:
         vocabulary.no_truncation()
         vocabulary.no_padding()
-        self.vocabulary, self.facts = vocabulary, facts
+        self.vocabulary, self.facts, self.clean = vocabulary, facts, cleaner(facts["clean"])
         self.vocab_size: int = facts["vocab_size"]
         self.pad: int = facts["pad"]
         self.sep: int | None = facts["sep"]
@@ -35,18 +34,10 @@ class HFEncoding:
         """The id that every text starts with, if there is one (a class token)."""
 
     def __call__(self, text: str) -> list[int]:
-        ids = self.vocabulary.encode(self._clean(text)).ids
+        ids = self.vocabulary.encode(self.clean(text)).ids
         if self.facts["strip_sep"]:
             ids = [0 if token == self.sep else token for token in ids]
         return list(ids)
-
-    def _clean(self, text: str) -> str:
-        if self.facts["clean"] == "none":
-            return text
-        from open_clip.tokenizer import get_clean_fn
-
-        cleaned: str = get_clean_fn(self.facts["clean"])(text)
-        return cleaned
 
     def decode(self, ids: Tensor) -> str:
         text: str = self.vocabulary.decode([token for token in ids.tolist() if token != self.pad])
