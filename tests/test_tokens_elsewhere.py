@@ -8,7 +8,6 @@ value only those of captions that need no mending.
 
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from open_clip.tokenizer import HFTokenizer, get_clean_fn
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from multimodal.interop.exported import save_tokenizer
+from multimodal.export.tokenizer import save_tokenizer
 from multimodal.towers.byte_bpe import ByteBPE
 from multimodal.towers.text import TextPreprocessor
 
@@ -46,10 +45,9 @@ def pile(*kinds: list[str]) -> list[str]:
 
 def exported(folder: Path, clean: Any) -> TextPreprocessor:
     """What reads captions here, with its vocabulary written into the folder."""
-    encoding = ByteBPE(vocab_size=400, max_captions=100, clean=clean).build(lambda: LEARNT_FROM, None)
-    preprocessor = TextPreprocessor(encoding, LENGTH)
-    taken: Any = SimpleNamespace(text=preprocessor)
-    assert save_tokenizer(taken, folder)
+    tokenizer = ByteBPE(vocab_size=400, max_captions=100, clean=clean)
+    preprocessor = TextPreprocessor(tokenizer.build(lambda: LEARNT_FROM, None), LENGTH)
+    save_tokenizer(tokenizer, preprocessor, folder)
     return preprocessor
 
 
@@ -78,9 +76,10 @@ def test_transformers_does_after_training_on_captions_as_they_are(tmp_path: Path
     assert different(preprocessor, captions, by_transformers(tmp_path, captions)) == []
 
 
-def test_transformers_does_where_only_white_space_is_cleaned(tmp_path: Path) -> None:
-    preprocessor = exported(tmp_path, "whitespace")
-    clean = get_clean_fn("whitespace")
-    captions = [caption for caption in pile(UNUSUAL) if clean(caption) == " ".join(caption.split())]
+@pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
+def test_transformers_does_where_nothing_is_to_be_mended(clean: str, tmp_path: Path) -> None:
+    preprocessor = exported(tmp_path, clean)
+    mend = get_clean_fn("whitespace")
+    captions = [caption for caption in pile(UNUSUAL) if mend(caption) == " ".join(caption.split())]
     assert len(captions) > 50
     assert different(preprocessor, captions, by_transformers(tmp_path, captions)) == []

@@ -15,7 +15,8 @@ from multimodal.config import TrainConfig
 from multimodal.data.loader import Reader
 from multimodal.model import Model
 from multimodal.run_folder import ENVIRONMENT
-from multimodal.towers.text import TextPreprocessor
+from multimodal.towers.images import ImageTower
+from multimodal.towers.text import TextPreprocessor, TextTower
 from multimodal.tracker import METRICS
 
 SIZES = ((64, 64), (500, 375), (120, 300), (37, 37), (224, 224))
@@ -56,12 +57,22 @@ class Exported:
     record: Record
 
     def __post_init__(self) -> None:
-        if set(self.readers) != {"image", "text"} or not isinstance(
-            self.readers["text"].preprocessor, TextPreprocessor
+        towers = self.config.towers
+        if (
+            set(towers) != {"image", "text"}
+            or not isinstance(towers["image"], ImageTower)
+            or not isinstance(towers["text"], TextTower)
         ):
-            raise ValueError(
-                f"only models with two towers, image and text, are exported; this has {list(self.readers)}"
-            )
+            told = ", ".join(f"{name} ({type(tower).__name__})" for name, tower in towers.items())
+            raise ValueError(f"what is exported has two towers, image and text, of these kinds; this has {told}")
+
+    @property
+    def towers(self) -> tuple[ImageTower, TextTower]:
+        """The two, as they are described."""
+        image, text = self.config.towers["image"], self.config.towers["text"]
+        assert isinstance(image, ImageTower)
+        assert isinstance(text, TextTower)
+        return image, text
 
     @property
     def text(self) -> TextPreprocessor:

@@ -75,7 +75,7 @@ class HuggingFace(Format):
             image_mean=list(image.mean),
             image_std=list(image.std),
         ).save_pretrained(folder)
-        save_tokenizer(exported, folder)
+        save_tokenizer(text.tokenizer, exported.text, folder)
         return USAGE
 
     @torch.no_grad()
@@ -113,8 +113,7 @@ def _different_ids(exported: Exported, ids: Tensor) -> float:
 
 
 def _expressible(exported: Exported) -> tuple[ViT, TextTransformer]:
-    towers = exported.config.towers
-    image, text = towers.get("image"), towers.get("text")
+    image, text = exported.towers
     if not isinstance(image, ViT) or image.pool != "tok" or not image.norm_first or image.norm_after_pool:
         raise ValueError("CLIPModel has a vision transformer with class token for images; to=open_clip can do others")
     if not isinstance(text, TextTransformer) or not text.causal or text.pool != "end":

@@ -14,7 +14,6 @@ from multimodal.export.exported import TEXTS, Exported, largest, pictures
 from multimodal.export.tokenizer import save_tokenizer
 from multimodal.model import Model
 from multimodal.parts import Format
-from multimodal.towers.images import ImageTower
 
 PROGRAM = "onnx_model.py"
 LIMIT = 1_900_000_000
@@ -36,10 +35,8 @@ class Onnx(Format):
     library: ClassVar[str] = "onnx"
 
     def write(self, exported: Exported, folder: Path) -> str:
-        image = exported.config.towers["image"]
-        if not isinstance(image, ImageTower):
-            raise ValueError(f"an image tower like {type(image).__name__} has preprocessing of its own")
-        split_special_tokens = save_tokenizer(exported, folder)
+        image, text = exported.towers
+        split_special_tokens = save_tokenizer(text.tokenizer, exported.text, folder)
         _write_network(exported.model, "image", "pixels", exported.pixels(), folder)
         _write_network(exported.model, "text", "ids", exported.ids(), folder)
         bias = exported.model.logit_bias
@@ -50,7 +47,7 @@ class Onnx(Format):
             "image_size": image.image_size,
             "resize": image.resize,
             "interpolation": image.interpolation,
-            "context_length": exported.text.context_length,
+            "context_length": text.context_length,
             "pad_id": exported.text.encoding.pad,
             "split_special_tokens": split_special_tokens,
         }

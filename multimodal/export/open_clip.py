@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from multimodal.export.exported import TEXTS, Exported, largest, pictures, save_tensors
-from multimodal.export.tokenizer import is_clips_own, save_tokenizer
+from multimodal.export.tokenizer import save_tokenizer
 from multimodal.interop import names, towers_to_cfg
 from multimodal.parts import Format
+from multimodal.towers.clip_bpe import ClipBPE
 
 USAGE = """\
 import open_clip
@@ -25,9 +26,10 @@ class OpenClip(Format):
     library: ClassVar[str] = "open_clip"
 
     def write(self, exported: Exported, folder: Path) -> str:
-        own = not is_clips_own(exported)
+        tokenizer = exported.towers[1].tokenizer
+        own = not isinstance(tokenizer, ClipBPE)  # which open_clip has
         if own:
-            save_tokenizer(exported, folder)
+            save_tokenizer(tokenizer, exported.text, folder)
         model_cfg, preprocess_cfg = towers_to_cfg.to_open_clip(
             exported.config.towers,
             exported.config.model,
