@@ -122,20 +122,43 @@ def test_features_are_those_of_open_clip_to_the_last_digits(name: str) -> None:
     torch.manual_seed(0)
     reference, model = theirs(cfg).double(), ours(cfg).double()
     randomise(reference)
+    assert_same_features(reference, model, cfg, 1e-10)
+
+
+CONVNEXT_TINY: dict[str, Any] = {
+    "embed_dim": 512,
+    "vision_cfg": {"timm_model_name": "convnext_tiny", "image_size": 224, "timm_pool": "", "timm_proj": "linear"},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "RN50", "convnext_tiny"])
+def test_features_are_those_of_open_clip_at_full_size(name: str) -> None:
+    cfg = CONVNEXT_TINY if name == "convnext_tiny" else architectures.describe(name)[0]
+    torch.manual_seed(0)
+    reference, model = theirs(cfg), ours(cfg)
+    assert_same_features(reference, model, cfg, 1e-5)
+    assert_same_features(reference.double(), model.double(), cfg, 1e-10)
+
+
+def assert_same_features(reference: nn.Module, model: Model, cfg: dict[str, Any], tolerance: float) -> None:
+    """Of images and texts, after open_clip's weights have become ours; and these become the same again."""
     state = reference.state_dict()
     model.load_state_dict(names.from_open_clip(state, model))
     size, context = cfg["vision_cfg"]["image_size"], cfg["text_cfg"]["context_length"]
+    vocab_size = cfg["text_cfg"]["vocab_size"]
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    tokens = torch.randint(1, 400, (3, context))
-    tokens[:, 5], tokens[:, 6:] = 499, 0
+    tokens = torch.randint(1, vocab_size - 100, (3, context))
+    tokens[:, 5], tokens[:, 6:] = vocab_size - 1, 0
     image_tower: Any = model.towers["image"]
-    pixels = (images.double() / 255 - image_tower.mean) / image_tower.std
+    pixels = (images.to(image_tower.mean.dtype) / 255 - image_tower.mean) / image_tower.std
     network: Any = reference
     with torch.no_grad():
         expected = network.encode_image(pixels, normalize=True), network.encode_text(tokens, normalize=True)
         got = model.encode("image", images), model.encode("text", tokens)
     for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
     assert_same(names.to_open_clip(model, cfg.get("custom_text", False)), state)
 
 
