@@ -1,29 +1,18 @@
 """The model as evaluations and users see it: raw inputs in, unit-norm features out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from multimodal import distributed
-from multimodal.data.loader import Reader, quiet_worker
+from multimodal.data.loader import Reader, read_inputs
 from multimodal.model import Model
-
-
-class _Inputs(Dataset[Tensor]):
-    def __init__(self, inputs: Sequence[Any], reader: Reader) -> None:
-        self.inputs, self.reader = inputs, reader
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.reader.preprocessor(self.inputs[index], None)
+from multimodal.parts import BadSample
 
 
 class Encoder:
@@ -49,31 +38,35 @@ class Encoder:
         finally:
             self.model.train(training)
 
-    @torch.no_grad()
     def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
         """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank."""
+        return self._encode(tower, inputs, None)
+
+    def encode_readable(self, tower: str, inputs: Sequence[Any]) -> tuple[Tensor, dict[int, str]]:
+        """The same, but rows of broken inputs and missing files are NaN; and what is wrong with this rank's ones."""
+        broken: dict[int, str] = {}
+        return self._encode(tower, inputs, broken), broken
+
+    @torch.no_grad()
+    def _encode(self, tower: str, inputs: Sequence[Any], broken: dict[int, str] | None) -> Tensor:
         bounds = [len(inputs) * r // distributed.world_size() for r in range(distributed.world_size() + 1)]
         mine = range(bounds[distributed.rank()], bounds[distributed.rank() + 1])
-        loader: DataLoader[Tensor] = DataLoader(
-            Subset(_Inputs(inputs, self.readers[tower]), mine),
-            batch_size=self.batch_size,
-            num_workers=self.workers if self.readers[tower].reads == "image" else 0,
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator(),
-        )
+        features = torch.full((len(mine), self.model.embed_dim), torch.nan)
         device = self.model.logit_scale.device
-        parts = [torch.empty(0, self.model.embed_dim)]
         hide = True if distributed.rank() else None  # None hides it where there is no terminal
         with (
             self._evaluating(),
-            tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, disable=hide) as bar,
+            tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, delay=1, disable=hide) as bar,
+            closing(read_inputs(inputs, self.readers[tower], mine, self.batch_size, self.workers)) as batches,
         ):
-            batches = iter(loader)
-            try:
-                for batch in batches:
+            for batch in batches:
+                for place, error in batch.broken.items():
+                    if broken is None or not isinstance(error, BadSample | FileNotFoundError):
+                        raise error
+                    broken[place] = str(error)
+                if batch.places:
                     with self.context:
-                        parts.append(self.model.encode(tower, batch.to(device)).float().cpu())
-                    bar.update(len(batch))
-            finally:  # workers do not heed signals, and an exception would keep them alive
-                getattr(batches, "_shutdown_workers", lambda: None)()
-        return distributed.gather_uneven(torch.cat(parts), [b - a for a, b in pairwise(bounds)])
+                        rows = self.model.encode(tower, batch.values.to(device))
+                    features[[place - mine.start for place in batch.places]] = rows.float().cpu()
+                bar.update(len(batch.places) + len(batch.broken))
+        return distributed.gather_uneven(features, [b - a for a, b in pairwise(bounds)])

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from multimodal import distributed
 from multimodal.assemble import Assembled
 from multimodal.config import ConfigError, TrainConfig
-from multimodal.data.loader import Reader, quiet_worker
+from multimodal.data.loader import read_inputs
+from multimodal.data.views import Inputs
 from multimodal.files import write_json
 from multimodal.parts import BadSample, Source
 
@@ -35,23 +35,6 @@ class KeptFeatures:
         if row.isnan().all():
             raise BadSample(f"sample {index} could not be read when {self.path} was computed")
         return row
-
-
-class _Readable(Dataset[tuple[int, Tensor | None]]):
-    """What one tower reads of each of some samples; None where that is broken."""
-
-    def __init__(self, source: Source, reader: Reader, places: range) -> None:
-        self.source, self.reader, self.places = source, reader, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, place: int) -> tuple[int, Tensor | None]:
-        index = self.places[place]
-        try:
-            return index, self.reader.preprocessor(self.source[index].inputs[self.reader.reads], None)
-        except BadSample:
-            return index, None
 
 
 def keep_features(config: TrainConfig, assembled: Assembled, source: Source) -> dict[str, KeptFeatures]:
@@ -100,20 +83,6 @@ def _is_there(path: Path, made_of: dict[str, str | int]) -> bool:
     return path.exists() and facts.exists() and json.loads(facts.read_text()) == made_of
 
 
-def _batches(source: Source, reader: Reader, places: range, workers: int) -> Iterator[tuple[list[int], list[Tensor]]]:
-    loader: DataLoader[list[tuple[int, Tensor | None]]] = DataLoader(
-        _Readable(source, reader, places),  # type: ignore[arg-type]
-        batch_size=BATCH,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=quiet_worker,
-        generator=torch.Generator(),
-    )
-    for rows in loader:
-        readable = [(index, value) for index, value in rows if value is not None]
-        yield [index for index, _ in readable], [value for _, value in readable]
-
-
 @torch.no_grad()
 def _compute(
     name: str, config: TrainConfig, assembled: Assembled, source: Source, path: Path, made_of: dict[str, str | int]
@@ -140,13 +109,19 @@ def _compute(
     training = tower.training
     tower.eval()
     hide = True if rank else None  # None hides it where there is no terminal
-    with tqdm(total=len(mine), desc=f"features of {name}", unit="", leave=False, disable=hide) as bar:
-        for indices, values in _batches(source, assembled.readers[name], mine, config.workers):
-            if indices:
+    reader = assembled.readers[name]
+    with (
+        tqdm(total=len(mine), desc=f"features of {name}", unit="", leave=False, disable=hide) as bar,
+        closing(read_inputs(Inputs(source, reader.reads), reader, mine, BATCH, config.workers)) as batches,
+    ):
+        for batch in batches:
+            if unexpected := [error for error in batch.broken.values() if not isinstance(error, BadSample)]:
+                raise unexpected[0]
+            if batch.places:
                 with assembled.context:
-                    features = tower(torch.stack(values).to(assembled.model.logit_scale.device))
-                rows[indices] = features.float().cpu().numpy()
-            bar.update(BATCH)
+                    features = tower(batch.values.to(assembled.model.logit_scale.device))
+                rows[batch.places] = features.float().cpu().numpy()
+            bar.update(len(batch.places) + len(batch.broken))
     tower.train(training)
     rows.flush()
     distributed.total(len(mine))  # waits for all ranks

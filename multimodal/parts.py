@@ -52,6 +52,10 @@ class Source(ABC):
     def captions(self, index: int) -> tuple[str, ...]:
         """Only the captions of a sample, without decoding anything else."""
 
+    def key(self, index: int) -> str:
+        """Only the key of a sample, likewise, broken or not; its number unless a source says better."""
+        return str(index)
+
     def label(self, index: int) -> int | None:
         """Only the class index of a sample, likewise; None where samples have none."""
         return None

@@ -14,8 +14,8 @@ from PIL import Image
 import multimodal
 from multimodal import checkpoint
 from multimodal.config import TrainConfig, check
+from multimodal.data.views import Inputs
 from multimodal.encoder import Encoder
-from multimodal.evals.zero_shot import Images
 from multimodal.trainer import Trainer
 
 TEXTS = ["a red circle", "a blue square on a table", "two green stars"]
@@ -42,7 +42,7 @@ def pictures() -> list[Image.Image]:
 
 def test_a_loaded_model_is_the_trained_one(trained: Trainer, model: multimodal.ImageTextModel) -> None:
     encoder = Encoder(trained.model, trained.assembled.readers, trained.assembled.context)
-    images = Images(trained.source, 7)
+    images = Inputs(trained.source, "image", 7)
     assert torch.equal(model.encode_image(list(images)), encoder.encode("image", images))
     assert torch.equal(model.encode_text(TEXTS), encoder.encode("text", TEXTS))
     assert model.embed_dim == 16

@@ -1,10 +1,12 @@
 """From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
 
 import signal
-from collections.abc import Callable, Generator, Mapping
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from multimodal.data.order import Batches, Position
 from multimodal.parts import BadSample, Preprocessor, Source
 
 MAX_ATTEMPTS = 100
+
+T = TypeVar("T")
 
 Kept = Callable[[int], Tensor]
 """The features [W] of a sample that a frozen tower made before; BadSample where it could not."""
@@ -74,10 +78,30 @@ def _collate(rows: list[_Row]) -> Batch:
     return Batch(inputs, indices, replaced, truncated, pooled)
 
 
-def quiet_worker(_: int) -> None:
+def _quiet_worker(_: int) -> None:
     """Leave stop signals to the main process, which still wants this worker's batches while it saves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:
+    """What a loader gives; its workers have ended when this has, also by an exception or by `close`.
+
+    They do not heed stop signals, so a process could not end before them. Torch ends them when the loader's iterator
+    is deleted, and the frames that an exception's traceback holds would put that off.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    except BaseException as error:
+        if loader.num_workers:
+            traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        del batches
+
+
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 def training_batches(
@@ -90,19 +114,70 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """The batches of `order`; the same ones whatever the number of workers. Of `kept` towers no inputs are read.
 
-    To be closed: workers do not heed stop signals, so a process that fails must send them home before it can end.
+    To be closed, so that its workers end.
     """
     loader: DataLoader[Batch] = DataLoader(
         _Rows(source, readers, seed, kept),  # type: ignore[arg-type]
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=quiet_worker,
+        worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # not the global one, whose state belongs to the step
     )
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        del iterator  # ends the workers
+    return _batches_of(loader)
+
+
+# --- everything once, in order --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadInputs:
+    """Some inputs in a row, as one tower reads them."""
+
+    values: Tensor
+    """[n, ...] of those that could be read."""
+    places: list[int]
+    """Theirs among all inputs."""
+    broken: dict[int, Exception]
+    """What is wrong with the others, by place."""
+
+
+class _Inputs(Dataset[tuple[int, Tensor | Exception]]):
+    def __init__(self, inputs: Sequence[Any], reader: Reader, places: range) -> None:
+        self.inputs, self.reader, self.places = inputs, reader, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Exception]:
+        place = self.places[index]
+        try:
+            return place, self.reader.preprocessor(self.inputs[place], None)
+        except (ValueError, OSError) as error:  # as a value: raised in a worker, it would arrive as a traceback in text
+            return place, error
+
+
+def _stack(rows: list[tuple[int, Tensor | Exception]]) -> ReadInputs:
+    values = {place: value for place, value in rows if isinstance(value, Tensor)}
+    broken = {place: value for place, value in rows if not isinstance(value, Tensor)}
+    return ReadInputs(torch.stack(list(values.values())) if values else torch.empty(0), list(values), broken)
+
+
+def read_inputs(
+    inputs: Sequence[Any],
+    reader: Reader,
+    places: range,  # which of the inputs
+    batch_size: int,
+    workers: int,
+) -> Generator[ReadInputs, None, None]:
+    """Inputs as a tower reads them in evaluation, batch by batch. To be closed, so that its workers end."""
+    loader: DataLoader[ReadInputs] = DataLoader(
+        _Inputs(inputs, reader, places),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=workers if reader.reads == "image" else 0,
+        collate_fn=_stack,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),
+    )
+    return _batches_of(loader)

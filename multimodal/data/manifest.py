@@ -72,8 +72,10 @@ class ManifestSource(Source):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        image = self.images[index]
-        return make_sample(f"{self.name}/{image}", self.folder / image, self.captions(index))
+        return make_sample(self.key(index), self.folder / self.images[index], self.captions(index))
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{self.images[index]}"
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self.texts[i] for i in range(self.ends[index], self.ends[index + 1]))

@@ -118,11 +118,14 @@ class ShapesSource(Source):
         scene = self._scene(index, rng)
         text = write_captions(scene, self.knobs.num_captions, rng)
         image = draw(scene, self.knobs.image_size, rng)
-        return Sample(f"shapes/{self.knobs.split}/{index}", {"image": image, "text": text}, self.label(index))
+        return Sample(self.key(index), {"image": image, "text": text}, self.label(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         rng = self._rng(index)
         return write_captions(self._scene(index, rng), self.knobs.num_captions, rng)
+
+    def key(self, index: int) -> str:
+        return f"shapes/{self.knobs.split}/{index}"
 
     def label(self, index: int) -> int | None:
         return index % len(self.kinds) if self.labelled else None

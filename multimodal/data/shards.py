@@ -73,7 +73,7 @@ class ShardSource(Source):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        return make_sample(self._key(index), self._read(index, IMAGE), self._captions(index))
+        return make_sample(self.key(index), self._read(index, IMAGE), self._captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         try:
@@ -81,7 +81,7 @@ class ShardSource(Source):
         except BadSample:
             return ()
 
-    def _key(self, index: int) -> str:
+    def key(self, index: int) -> str:
         key = self.keys[index]
         return f"{self.paths[self.shards[index]].name}/{key}"
 
@@ -103,7 +103,7 @@ class ShardSource(Source):
                 return read_captions(record[self.json_field])
             return read_captions(self._read(index, TEXT).decode().split("\n"))
         except ValueError as error:
-            raise BadSample(f"{self._key(index)}: {error}") from None
+            raise BadSample(f"{self.key(index)}: {error}") from None
 
     def _record(self, index: int) -> dict[str, Any]:
         """The fields of the key's JSON; none if it has no JSON, or if that is not to be read."""
@@ -120,7 +120,7 @@ class ShardSource(Source):
         except ValueError:  # one broken sample says nothing of the others
             return
         if record and self.json_field not in record:
-            message = f"{self._key(0)}.json has no field '{self.json_field}', only {', '.join(record)}."
+            message = f"{self.key(0)}.json has no field '{self.json_field}', only {', '.join(record)}."
             message += did_you_mean(str(self.json_field), record)
             if not self._read(0, TEXT):
                 raise ValueError(message)

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.evals.zero_shot import Images
 from multimodal.parts import Dataset, Encoder, Eval, Report
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def nearest(
 
 
 def _grid(
-    images: Images, captions: list[str], owners: Tensor, ranks: Tensor, image_features: Tensor, text_features: Tensor
+    images: Inputs, captions: list[str], owners: Tensor, ranks: Tensor, image_features: Tensor, text_features: Tensor
 ) -> "Figure":
     queries = []
     for index in pick_queries(ranks):
@@ -138,7 +138,7 @@ class Retrieval(Eval):
 
     def build(self, root: Path) -> Callable[[Encoder], Report]:
         source = self.dataset.build(root)
-        images = Images(source, self.max_samples)
+        images = Inputs(source, "image", self.max_samples)
         if len(images) == 0:
             raise ValueError("the dataset is empty: retrieval needs images with captions")
         pairs = [(caption, place) for place in images.places for caption in source.captions(place)]
@@ -147,7 +147,7 @@ class Retrieval(Eval):
             raise ValueError(f"sample {min(missing)} of the dataset has no caption: retrieval needs one for each image")
         return partial(self._run, images, captions, owners)
 
-    def _run(self, images: Images, captions: list[str], owners: Tensor, encoder: Encoder) -> Report:
+    def _run(self, images: Inputs, captions: list[str], owners: Tensor, encoder: Encoder) -> Report:
         image_features, text_features = encoder.encode("image", images), encoder.encode("text", captions)
         image_to_text, text_to_image = retrieval_ranks(image_features, text_features, owners)
         first = torch.searchsorted(owners, torch.arange(min(PAIRS_SHOWN, len(images))))

@@ -4,13 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from multimodal.data.files import ClassNames, Templates
+from multimodal.data.views import Inputs
 from multimodal.evals import figures
 from multimodal.parts import Dataset, Encoder, Eval, Report, Source
 
@@ -73,19 +74,6 @@ def confusion_counts(
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-class Images(Sequence[Any]):
-    """The images of a source, each read when it is indexed; only the first `limit` if one is given."""
-
-    def __init__(self, source: Source, limit: int | None = None) -> None:
-        self.source, self.places = source, range(len(source))[:limit]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source[self.places[index]].inputs["image"]
-
-
 def _labels(source: Source, class_names: Sequence[str]) -> Tensor:
     """Every sample's label; ValueError unless all have one and names tell the classes apart."""
     if not class_names:
@@ -126,9 +114,9 @@ class ZeroShot(Eval):
     def build(self, root: Path) -> Callable[[Encoder], Report]:
         source = self.dataset.build(root)
         class_names = source.class_names if self.class_names is None else self.class_names
-        return partial(self._run, Images(source), _labels(source, class_names), class_names)
+        return partial(self._run, Inputs(source, "image"), _labels(source, class_names), class_names)
 
-    def _run(self, images: Images, labels: Tensor, class_names: Sequence[str], encoder: Encoder) -> Report:
+    def _run(self, images: Inputs, labels: Tensor, class_names: Sequence[str], encoder: Encoder) -> Report:
         prompts = [template.replace("{}", name) for name in class_names for template in self.templates]
         text_features = encoder.encode("text", prompts)
         classifier = class_embeddings(text_features.view(len(class_names), len(self.templates), -1))
