@@ -85,10 +85,14 @@ def _start_logging() -> None:
 
 
 def _quoted(word: str, verbatim: Sequence[str]) -> str:
+    """An override that Hydra and OmegaConf read as the text that it is; one that is quoted, or a list, stays."""
     key, given, value = word.partition("=")
-    if not given or key not in verbatim or value in ("", "null") or value[0] in "'\"[":
+    if not given or key not in verbatim or value in ("", "null") or re.fullmatch(r"'.+'|\".+\"|\[.*\]", value, re.S):
         return word
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: backslashes count where an interpolation follows
+    escaped = re.sub(
+        r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), literal
+    )  # Hydra: a quote
     return f"{key}='{escaped}'"
 
 

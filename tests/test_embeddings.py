@@ -16,7 +16,7 @@ from PIL import Image
 
 import multimodal
 from multimodal import embeddings
-from multimodal.cli import CONF, _quoted
+from multimodal.cli import CONF
 from multimodal.config import TrainConfig, check
 from multimodal.trainer import Trainer
 
@@ -112,21 +112,6 @@ def test_what_was_stopped_is_continued_and_ends_as_if_it_had_not_been(
     rows = np.load(embed(model, images, tmp_path / "out"))
     assert calls == 12
     np.testing.assert_array_equal(rows, whole)
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("classes=cat,dog", "classes='cat,dog'"),
-        ("classes=a man's hat", r"classes='a man\'s hat'"),
-        ("classes='cat,dog'", "classes='cat,dog'"),
-        ("seed=1,2", "seed=1,2"),
-        ("--help", "--help"),
-        ("classes=null", "classes=null"),
-    ],
-)
-def test_text_is_quoted_for_hydra(word: str, expected: str) -> None:
-    assert _quoted(word, ("classes",)) == expected
 
 
 def launched(script: str, *words: str) -> subprocess.CompletedProcess[str]:
