@@ -2,18 +2,19 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal.assemble import build
+from multimodal.assemble import build, device_of
 from multimodal.assemble import load as load_checkpoint
 from multimodal.checkpoint import find as find_checkpoint
-from multimodal.config import ModelSection
+from multimodal.config import ModelSection, RunError
 from multimodal.data.augment import Keep
 from multimodal.data.files import open_image
 from multimodal.data.loader import Reader
@@ -22,13 +23,15 @@ from multimodal.evals.zero_shot import class_embeddings
 from multimodal.interop import architectures
 from multimodal.interop.weights import initialise
 from multimodal.model import Model
+from multimodal.parts import BadSample
 from multimodal.step import native_precision
 
 logger = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16"]
-Picture = Image.Image | str | Path
+Picture = Image.Image | str | Path | Tensor
+"""A PIL image, a file, or pixels: uint8 [3, H, W]."""
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -37,8 +40,17 @@ class ImageTextModel:
     """A model with what its towers need to read images and texts as they are."""
 
     def __init__(
-        self, model: Model, readers: Mapping[str, Reader], precision: Precision, batch_size: int, workers: int
+        self,
+        model: Model,
+        readers: Mapping[str, Reader],
+        origin: str,  # where the weights are from, for messages
+        precision: Precision,
+        batch_size: int,
+        workers: int,
     ) -> None:
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision should be {', '.join(get_args(Precision))}, got {precision!r}")
+        self.origin = origin
         self.model = model.eval()
         self.readers = dict(readers)
         self.device: torch.device = model.logit_scale.device
@@ -58,19 +70,14 @@ class ImageTextModel:
 
     def encode_image(
         self,
-        images: Picture | Sequence[Picture] | Tensor,  # or uint8 [n, 3, H, W]
+        images: Picture | Iterable[Picture],  # a tensor: uint8 [n, 3, H, W]
     ) -> Tensor:  # float32 [n, D] unit norm, on the CPU
-        """Embed PIL images, image files, or a tensor of pixels; a single image is a batch of one.
+        """Embed PIL images, image files, or pixels; a single image is a batch of one.
 
-        Each is resized and cropped as in evaluation. ValueError if a file is no image, FileNotFoundError if there is
-        none.
+        Each is brought to RGB, resized and cropped as in evaluation, without heed to EXIF orientation, as in
+        open_clip. ValueError if a file is no image, FileNotFoundError if there is none.
         """
-        if isinstance(images, Tensor):
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-                raise ValueError(f"pixels should be uint8 [n, 3, H, W], got {images.dtype} {list(images.shape)}")
-        elif isinstance(images, Image.Image | str | Path):
-            images = [images]
-        return self._encode("image", _Pictures(images))
+        return self.encoder.encode(self.tower("image"), _Pictures(images))
 
     def encode_text(
         self,
@@ -80,11 +87,34 @@ class ImageTextModel:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"texts should be strings, got {type(wrong[0]).__name__}")
-        return self._encode("text", texts)
+        tower = self.tower("text")
+        with self._count_truncated(tower, len(texts)):
+            return self.encoder.encode(tower, texts)
+
+    def encode_readable(
+        self,
+        tower: str,
+        inputs: Sequence[Any],  # as `encode_image` and `encode_text` take them, each read when it is indexed
+    ) -> tuple[Tensor, dict[int, str]]:  # float32 [n, D]; by place, what is wrong
+        """Embed with a tower, by its name, what can be read; the rows of broken images and missing files are NaN.
+
+        RunError if the model itself gives features that are not finite.
+        """
+        reads = self.readers[tower].reads
+        with self._count_truncated(tower, len(inputs)):
+            features, broken = self.encoder.encode_readable(tower, _Pictures(inputs) if reads == "image" else inputs)
+        wrong = [
+            place for place in (~features.isfinite().all(dim=1)).nonzero().flatten().tolist() if place not in broken
+        ]
+        if wrong:
+            raise RunError(
+                f"{self.origin} gives features that are not finite, for {len(wrong)} of {len(inputs)} inputs"
+            )
+        return features, broken
 
     def similarity(
         self,
-        images: Picture | Sequence[Picture] | Tensor,
+        images: Picture | Iterable[Picture],
         texts: str | Iterable[str],
     ) -> Tensor:  # float32 [n, m], cosines
         """How near every image is to every text."""
@@ -92,9 +122,9 @@ class ImageTextModel:
 
     def classify(
         self,
-        images: Picture | Sequence[Picture] | Tensor,
-        names: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        images: Picture | Iterable[Picture],
+        names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
     ) -> Tensor:  # float32 [n, K], probabilities
         """Zero-shot classification: class names set into templates, each with one {}, are the classifier."""
         classifier = self.classifier(names, templates)
@@ -102,17 +132,12 @@ class ImageTextModel:
 
     def classifier(
         self,
-        names: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        names: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
     ) -> Tensor:  # float32 [K, D] unit norm
         """The embeddings of classes: each the mean of its name in all templates; ValueError if names are not apart."""
-        if isinstance(names, str) or isinstance(templates, str):
-            raise ValueError("names and templates should be lists of strings, not one string")
-        if not names or any(not name.strip() for name in names):
-            raise ValueError("names should be one or more class names, none of them empty")
-        name, count = Counter(names).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart")
+        names, templates = _list(names, "names"), _list(templates, "templates")
+        require_distinct(names)
         if wrong := [template for template in templates if template.count("{}") != 1] or not templates:
             raise ValueError(f"templates should have one {{}} each for the class name, got {wrong or templates!r}")
         prompts = [template.replace("{}", name) for name in names for template in templates]
@@ -126,38 +151,87 @@ class ImageTextModel:
         """The softmax over classes of the scaled cosines."""
         return (self.logit_scale * features @ classifier.T).softmax(dim=-1)
 
-    def _encode(self, reads: str, inputs: Sequence[Any]) -> Tensor:
-        tower = next((name for name, reader in self.readers.items() if reader.reads == reads), None)
-        if tower is None:
-            raise ValueError(f"the model has no tower that reads {reads}; it has: {', '.join(self.readers)}")
+    def tower(self, reads: str) -> str:
+        """The name of the first tower that reads "image" or "text"; ValueError if there is none."""
+        for name, reader in self.readers.items():
+            if reader.reads == reads:
+                return name
+        raise ValueError(f"the model has no tower that reads {reads}; it has: {', '.join(self.readers)}")
+
+    @contextmanager
+    def _count_truncated(self, tower: str, count: int) -> Iterator[None]:
+        """Warn of texts that are cut inside."""
         preprocessor = self.readers[tower].preprocessor
         before = preprocessor.num_truncated
-        features = self.encoder.encode(tower, inputs)
+        yield
         if truncated := preprocessor.num_truncated - before:
-            logger.warning("%d of %d texts were longer than the context and were cut", truncated, len(inputs))
-        return features
+            logger.warning("%d of %d texts were longer than the context and were cut", truncated, count)
 
 
-class _Pictures(Sequence[Any]):
-    """Images, each opened when it is indexed."""
+def require_distinct(names: Sequence[str]) -> Sequence[str]:
+    """The class names, if a prompt can tell them apart; else ValueError."""
+    if not names or any(not name.strip() for name in names):
+        raise ValueError("names should be one or more class names, none of them empty")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart")
+    return names
 
-    def __init__(self, images: Sequence[Picture] | Tensor) -> None:
-        self.images = images
+
+def _list(strings: Iterable[str], what: str) -> list[str]:
+    if isinstance(strings, str):
+        raise ValueError(f"{what} should be a list of strings, not one string")
+    return list(strings)
+
+
+class _Pictures(Sequence[Image.Image]):
+    """Images in RGB, each opened when it is indexed."""
+
+    def __init__(self, images: Picture | Iterable[Picture]) -> None:
+        self.images: Sequence[Picture] | Tensor
+        if isinstance(images, Tensor) and images.ndim == 4:
+            self.images = _pixels(images, "pixels", 4)
+        elif isinstance(images, Tensor | Image.Image | str | Path):
+            self.images = [_ready(images, 0)]
+        elif isinstance(images, Sequence) and not isinstance(images, list | tuple):
+            self.images = images
+        else:
+            self.images = [_ready(image, place) for place, image in enumerate(images)]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Any) -> Any:
-        image = self.images[index]
+        image = _ready(self.images[index], index)
         if isinstance(image, Tensor):
-            return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            return Image.fromarray(image.permute(1, 2, 0).numpy())
         if isinstance(image, Image.Image):
-            return image
-        if not isinstance(image, str | Path):
-            raise ValueError(f"image {index} should be a PIL image or a path, got {type(image).__name__}")
+            return open_image(image, f"image {index}")
         if not Path(image).exists():
             raise FileNotFoundError(f"there is no file '{image}'")
         return open_image(Path(image), str(image))
+
+
+def _ready(image: Picture, place: int) -> Picture:
+    """An image that may be sent to another process: pixels on the CPU, a file that Pillow has opened read."""
+    if isinstance(image, Tensor):
+        return _pixels(image, f"image {place}", 3)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except Exception as error:
+            raise BadSample(f"image {place}: {error}") from None
+    elif not isinstance(image, str | Path):
+        hint = "; Image.fromarray makes one of an array" if hasattr(image, "__array__") else ""
+        raise ValueError(f"image {place} should be a PIL image, a path or a tensor, got {type(image).__name__}{hint}")
+    return image
+
+
+def _pixels(tensor: Tensor, what: str, ndim: int) -> Tensor:
+    shape = "[n, 3, H, W]" if ndim == 4 else "[3, H, W]"
+    if tensor.dtype != torch.uint8 or tensor.ndim != ndim or tensor.shape[-3] != 3:
+        raise ValueError(f"{what} should be uint8 {shape}, got {tensor.dtype} {list(tensor.shape)}")
+    return tensor.cpu()
 
 
 def load(
@@ -172,8 +246,9 @@ def load(
 
     Opening it runs none of its author's code. FileNotFoundError says what there is, ValueError what is wrong with it.
     """
-    _, assembled = load_checkpoint(find(path, checkpoint), device=device, dry_run=False)
-    return ImageTextModel(assembled.model, assembled.readers, precision, batch_size, workers)
+    folder = find(path, checkpoint)
+    _, assembled = load_checkpoint(folder, device=device, dry_run=False)
+    return ImageTextModel(assembled.model, assembled.readers, str(folder), precision, batch_size, workers)
 
 
 def find(path: str | Path, which: str | int = "last") -> Path:
@@ -199,6 +274,7 @@ def open_clip(
     `weights` is a tag ("openai"; downloaded the first time), a file, or None for random ones. ValueError, or
     FileNotFoundError, says what there is.
     """
+    place = device_of(device)
     tagged = weights is not None and str(weights) in architectures.tags(architecture)
     described = architectures.architecture(architecture, str(weights) if tagged else None)
     section = ModelSection(**{"max_logit_scale": 100.0, "learn_logit_scale": True, **described.model})
@@ -206,5 +282,5 @@ def open_clip(
     if weights is not None:
         source = f"open_clip:{architecture}/{weights}" if tagged else str(weights)
         logger.info("%s", initialise(model, source, Path("runs")))
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    return ImageTextModel(model.to(place), readers, precision, batch_size, workers)
+    origin = architecture if weights is None else f"{architecture}/{weights}"
+    return ImageTextModel(model.to(place), readers, origin, precision, batch_size, workers)

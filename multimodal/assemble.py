@@ -38,12 +38,14 @@ class Assembled:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def device_of(config: TrainConfig) -> torch.device:
-    """The device that `device` means here."""
+def device_of(wanted: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here; ConfigError where there is none."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError([("device", f"should be auto, cpu or cuda, got {wanted!r}")])
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+    if wanted == "cuda" and not available:
         raise ConfigError([("device", "torch sees no GPU here; device=auto takes what there is")])
-    if config.device == "cpu" or not available:
+    if wanted == "cpu" or not available:
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
@@ -115,7 +117,7 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
 
     Weights are initialised from the seed; loading them is the caller's.
     """
-    device = device_of(config)
+    device = device_of(config.device)
     problems = Problems()
 
     def captions() -> Iterator[str]:

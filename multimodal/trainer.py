@@ -89,7 +89,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.folder = config.folder
-        self.device = device_of(config)
+        self.device = device_of(config.device)
         self.first = distributed.rank() == 0
         self.log: RunLog | None = None  # on the first rank, once it trains
         self.initialised: Initialised | None = None  # what became of init.weights, in a new run

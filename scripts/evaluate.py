@@ -39,7 +39,7 @@ def main(composed: DictConfig) -> None:
     problems = Problems()
     evaluations = open_evaluations(evals, asked.paths.datasets, problems)
     problems.report()
-    distributed.start(device_of(config))
+    distributed.start(device_of(config.device))
     try:
         results, reports = evaluate(evaluations, config, assembled)
     finally:

@@ -21,6 +21,7 @@ from multimodal.data import shards
 from multimodal.data.arrays import Arrays
 from multimodal.data.image_folder import ImageFolder
 from multimodal.data.manifest import Manifest
+from multimodal.data.shapes import Shapes
 from multimodal.data.shards import Shards
 from multimodal.parts import BadSample, Dataset, Source
 from multimodal.resolve import resolve
@@ -210,6 +211,25 @@ def test_a_broken_sample_names_its_shard_and_key_and_spoils_no_other(tmp_path: P
         with pytest.raises(BadSample, match=rf"^s\.tar/{key}: .*{reason}"):
             source[index]
     assert [source.captions(i) for i in range(1, 9)] == [("cut",), ("text",), *[()] * 6]
+
+
+def test_a_key_is_told_without_reading_its_sample(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", range(3))
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    picture(0).save(tmp_path / "classes" / "cat" / "0.png")
+    (tmp_path / "m.csv").write_text("image,caption\nclasses/cat/0.png,a cat\n")
+    np.savez(tmp_path / "a.npz", image=np.zeros((2, 8, 8), np.uint8), label=[0, 0], class_names=["cat"])
+    for dataset in (
+        Shards(urls=("s.tar",)),
+        ImageFolder(path="classes"),
+        Manifest(path="m.csv"),
+        Arrays(path="a.npz"),
+        Shapes(size=3),
+    ):
+        source = dataset.build(tmp_path)
+        assert [source.key(index) for index in range(len(source))] == [source[i].key for i in range(len(source))]
+    (tmp_path / "classes" / "cat" / "0.png").write_text("broken")
+    assert ImageFolder(path="classes").build(tmp_path).key(0) == "classes/cat/0.png"
 
 
 def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """What the sources that read files share: finding files, opening images, reading captions, naming classes."""
 
 import io
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,19 @@ def locate(root: Path, *names: str) -> list[Path]:
     return paths
 
 
-class PackedStrings:
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its ending."""
+    return name.lower().endswith(tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES))
+
+
+def image_files(folder: Path, below: str = ".") -> Iterator[str]:
+    """Paths, relative to `folder`, of all images in its subfolder `below`, at any depth."""
+    for place, _, names in os.walk(folder / below, followlinks=True):
+        within = os.path.relpath(place, folder)
+        yield from (os.path.normpath(f"{within}/{name}") for name in names if is_image(name))
+
+
+class PackedStrings(Sequence[str]):
     """Strings end to end in one buffer, so that forked workers share the memory (reading a list copies its pages)."""
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -40,26 +53,70 @@ class PackedStrings:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index} among {len(self)}")
         return self.buffer[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
+class ImageFiles(Sequence[Path]):
+    """An image, or all images below a folder, sorted; FileNotFoundError or ValueError if there are none."""
+
+    def __init__(self, place: Path) -> None:
+        self.folder, suffixes = place, ", ".join(IMAGE_SUFFIXES)
+        if place.is_file():
+            if not is_image(place.name):
+                raise ValueError(f"'{place}' is no image ({suffixes})")
+            self.folder, self.names = place.parent, PackedStrings([place.name])
+        elif place.is_dir():
+            self.names = PackedStrings(sorted(image_files(place)))
+        else:
+            raise FileNotFoundError(f"there is no image or folder of images '{place}'")
+        if not len(self.names):
+            raise ValueError(f"'{place}' has no images ({suffixes}) in it")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.folder / self.names[index]
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file; FileNotFoundError, or ValueError if it is no text."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file '{file}'")
+    try:
+        return file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8 text ({error})") from None
+
+
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def open_image(file: bytes | Path, key: str) -> Image.Image:
-    """The image, decoded, in RGB; alpha is dropped as in CLIP, EXIF orientation ignored; BadSample, naming `key`."""
+def open_image(file: bytes | Path | Image.Image, key: str) -> Image.Image:
+    """The image, decoded, in RGB; alpha is dropped as in CLIP, EXIF orientation ignored; BadSample, naming `key`.
+
+    Of an animation it is the first frame, and 16 bits become 8.
+    """
     try:
+        if isinstance(file, Image.Image):
+            return _rgb(file)
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode.startswith("I;16"):  # which Pillow would clip to white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return _rgb(image)
     except UnidentifiedImageError:
         raise BadSample(f"{key}: not an image that Pillow can read") from None
     except Exception as error:  # decoders raise SyntaxError, struct.error, DecompressionBombError and more
         raise BadSample(f"{key}: {error or type(error).__name__}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # which Pillow would clip to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # likewise
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no range that says what is white")
+    return image.convert("RGB")
 
 
 def read_captions(value: object) -> tuple[str, ...]:

@@ -1,13 +1,21 @@
 """Labelled images in folders, one for each class."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from multimodal.data.files import IMAGE_SUFFIXES, ClassNames, LabelledSource, PackedStrings, Templates, open_image
+from multimodal.data.files import (
+    IMAGE_SUFFIXES,
+    ClassNames,
+    LabelledSource,
+    PackedStrings,
+    Templates,
+    image_files,
+    open_image,
+)
 from multimodal.parts import Dataset
 
 
@@ -41,7 +49,7 @@ class FolderSource(LabelledSource):
     def __init__(
         self, folder: Path, classes: Sequence[str], class_names: Sequence[str], templates: Sequence[str]
     ) -> None:
-        files = [sorted(_images(folder, name)) for name in classes]
+        files = [sorted(image_files(folder, name)) for name in classes]
         empty = [name for name, found in zip(classes, files, strict=True) if not found]
         if empty:
             raise ValueError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in the class folders {empty}")
@@ -54,10 +62,3 @@ class FolderSource(LabelledSource):
 
     def image(self, index: int) -> Image.Image:
         return open_image(self.path / self.files[index], self.key(index))
-
-
-def _images(folder: Path, name: str) -> Iterator[str]:
-    """Paths, relative to `folder`, of all images below its subfolder `name`."""
-    for place, _, names in os.walk(folder / name, followlinks=True):
-        below = os.path.relpath(place, folder)
-        yield from (f"{below}/{file}" for file in names if file.lower().endswith(IMAGE_SUFFIXES))

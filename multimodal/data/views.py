@@ -1,7 +1,7 @@
 """Samples seen from one side: one of their inputs, their captions row by row, a part of them; read when indexed."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +25,19 @@ class Slice(Sequence[T]):
         return self.items[self.places[index]]
 
 
+class Mapped(Sequence[T]):
+    """What a function makes of every place."""
+
+    def __init__(self, function: Callable[[int], T], places: range) -> None:
+        self.function, self.places = function, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.function(self.places[index])
+
+
 class Inputs(Sequence[Any]):
     """One input of every sample, "image" or "text" (all captions), or of the first `limit`; BadSample if broken."""
 
@@ -36,19 +49,6 @@ class Inputs(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.source[self.places[index]].inputs[self.reads]
-
-
-class Keys(Sequence[str]):
-    """The key of every sample."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source.key(range(len(self))[index])
 
 
 class Captions(Sequence[str]):
