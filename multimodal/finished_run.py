@@ -1,5 +1,6 @@
 """What programs over a finished (or running) run are told."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -32,3 +33,8 @@ class FinishedRun(Config):
             return checkpoint.find(self.folder, str(self.checkpoint))
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError([("run", str(error))]) from None
+
+    def output(self, kind: str, checkpoint: Path, name: str, asked: str) -> Path:
+        """Where an answer goes unless told: a folder of its `kind` in the run's, a file for each that was `asked`."""
+        digest = hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:8]
+        return self.folder / kind / f"{checkpoint.name}-{name}-{digest}"

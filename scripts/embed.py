@@ -1,26 +1,51 @@
-"""Embed images or captions: `scripts/embed.py run=NAME source=DIR`; writes Parquet or npy with ids, resumable."""
+"""Embed images or texts: `scripts/embed.py run=NAME source=DIR`; writes Parquet or npy with ids, resumable."""
 
 import hashlib
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import Field
 
+from multimodal.api import load
+from multimodal.assemble import Problems
+from multimodal.checkpoint import load_config
 from multimodal.cli import CONF, launch, plain
-from multimodal.config import ConfigError, check
+from multimodal.config import TrainConfig, check
+from multimodal.embeddings import Embeddings, Rows, from_dataset, from_path
 from multimodal.finished_run import FinishedRun
+from multimodal.parts import Dataset, did_you_mean
 
 logger = logging.getLogger(__name__)
+
+
+def _of_one_thing(config: "EmbedConfig") -> Iterator[tuple[str, str]]:
+    if config.source is None and config.dataset is None:
+        yield "source", "no value given: a folder of images or a file of captions; or choose a dataset"
+    if config.source is not None and config.dataset is not None:
+        yield "source", "is given beside a dataset: which of them?"
+    if config.dataset is not None and config.input is None:
+        yield "input", "no value given: what of the dataset, input=image or input=text?"
+    if config.source is not None and config.input is not None:
+        yield "input", "is about a dataset; a source is images or text by itself"
 
 
 class EmbedConfig(FinishedRun):
     """Which run, and what of."""
 
-    source: str = Field(min_length=1)
-    """A folder, with all images below it (ids are paths within), or a text file of captions (ids are line numbers)."""
+    rules = (_of_one_thing,)
+
+    source: str | None = Field(min_length=1)
+    """A folder, with all images below it (ids are paths within), or a .txt file of captions (ids are line numbers)."""
+    dataset: Dataset | None
+    """Instead of a source: what training reads. Ids are keys of samples; of captions with their number, KEY#0."""
+    input: str | None
+    """Of a dataset: which input of its samples, image or text."""
     format: Literal["parquet", "npy"]
     """Of the file that is written."""
     out: str | None
@@ -28,44 +53,46 @@ class EmbedConfig(FinishedRun):
     chunk: int = Field(gt=0)
     """Rows that are in memory, and written, at a time."""
 
+    def rows(self) -> Rows:
+        """What is embedded."""
+        if self.source is not None:
+            return from_path(Path(self.source))
+        root = Path(self.paths.datasets)
+        facts = {"dataset": self.dataset.model_dump(mode="json"), "datasets": str(root.resolve())}
+        return from_dataset(self.dataset.build(root), self.input, facts)
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def main(composed: DictConfig) -> None:
     """Load the checkpoint and embed, continuing where an earlier call was stopped."""
     asked = check(plain(composed), EmbedConfig)
     folder = asked.find_checkpoint()
+    towers = {tower.reads: name for name, tower in reversed(check(load_config(folder), TrainConfig).towers.items())}
+    problems = Problems()
+    with problems.at("input"):
+        if asked.input not in (None, *towers):
+            raise ValueError(f"no tower of the run reads '{asked.input}'.{did_you_mean(asked.input, towers)}")
+    with problems.at("source" if asked.dataset is None else "dataset"):
+        rows = asked.rows()
+        if rows.reads not in towers:
+            raise ValueError(f"no tower of the run reads {rows.reads}")
+    problems.report()
 
-    from multimodal.api import load
-    from multimodal.embeddings import embed, find_images
-
-    source = Path(asked.source)
-    items: list[Path] | list[str]
-    try:
-        if source.suffix == ".txt":
-            items = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            ids = [str(line) for line in range(len(items))]
-        else:
-            items = find_images(source)
-            ids = [str(path.relative_to(source)) if source.is_dir() else path.name for path in items]
-        if not items:
-            raise ValueError(f"'{source}' is empty")
-    except (ValueError, OSError) as error:
-        raise ConfigError([("source", str(error))]) from None
-    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]  # folders may have the same name
-    name = f"{folder.name}-{source.resolve().stem}-{place}"
-    out = Path(asked.out) if asked.out else asked.folder / "embeddings" / name
-    if (target := out.with_name(f"{out.name}.{asked.format}")).exists():
-        logger.info("%s is there already; another out, or delete it", target)
-        return
+    of = {key: value for key, value in rows.facts.items() if key != "texts"}  # where they are, not what they say
+    name = HydraConfig.get().runtime.choices["dataset"] if asked.source is None else Path(asked.source).resolve().stem
+    out = Path(asked.out) if asked.out else asked.output("embeddings", folder, f"{name}-{rows.reads}", json.dumps(of))
+    with (folder / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    facts = {"run": asked.run, "checkpoint": folder.name, "weights": digest, "tower": towers[rows.reads]}
+    embeddings = Embeddings(out, asked.format, rows, facts)
+    with problems.at("out"):
+        if embeddings.are_written():
+            logger.info("%s is there already; delete it to compute it again", embeddings.target)
+            return
+    problems.report()
     model = load(folder, device=asked.device, workers=asked.workers)
-    facts = {"run": asked.run, "checkpoint": folder.name, "source": str(source.resolve())}
-    if source.suffix == ".txt":
-        facts["captions"] = hashlib.sha256(source.read_bytes()).hexdigest()
-    try:
-        written = embed(model, items, ids, out, asked.format, asked.chunk, facts)
-    except ValueError as error:
-        raise ConfigError([("out", str(error))]) from None
-    logger.info("%d embeddings of %d dimensions: %s", len(ids), model.embed_dim, written)
+    embeddings.write(model, towers[rows.reads], asked.chunk)
+    logger.info("%d embeddings of %d dimensions: %s", len(rows.ids), model.embed_dim, embeddings.target)
 
 
 if __name__ == "__main__":
