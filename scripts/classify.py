@@ -1,74 +1,117 @@
 """Classify images zero-shot: `scripts/classify.py run=NAME images=DIR classes="cat,dog"`; prints, and writes CSV."""
 
 import csv
+import json
 import logging
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import hydra
 from omegaconf import DictConfig
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from tqdm import tqdm
 
+from multimodal.api import load, require_distinct
 from multimodal.cli import CONF, launch, plain
-from multimodal.config import ConfigError, check
-from multimodal.data.files import Templates
+from multimodal.config import check
+from multimodal.data.files import ClassNames, ImageFiles, Templates, read_lines
+from multimodal.data.views import Slice
 from multimodal.finished_run import FinishedRun
 
 logger = logging.getLogger(__name__)
+
+PRINTED = 50  # images
+CHUNK = 4096  # rows in memory at a time
+
+
+def _lines(value: Any) -> Any:
+    """The lines of a .txt file that a string names; a string by itself; a list as it is."""
+    if not isinstance(value, str) or not value.endswith(".txt"):
+        return (value,) if isinstance(value, str) else value
+    try:
+        return tuple(line.strip() for line in read_lines(Path(value)) if line.strip())
+    except OSError as error:
+        raise ValueError(str(error)) from None
+
+
+def _names(value: Any) -> Any:
+    """The same, but a string is cut at its commas."""
+    if isinstance(value, str) and not value.endswith(".txt"):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return _lines(value)
+
+
+def _images_are_there(config: "ClassifyConfig") -> Iterator[tuple[str, str]]:
+    try:
+        _ = config.files
+    except (ValueError, OSError) as error:
+        yield "images", str(error)
 
 
 class ClassifyConfig(FinishedRun):
     """Which run, which images, which classes."""
 
+    rules = (_images_are_there,)
+
     images: str = Field(min_length=1)
     """A folder, with all images below it, or one image."""
-    classes: str = Field(min_length=1)
-    """Names with commas between, or a text file with one a line."""
-    templates: Templates
-    """Prompts with one {} for the class name, averaged."""
+    classes: Annotated[ClassNames, AfterValidator(require_distinct), BeforeValidator(_names)]
+    """Names with commas between, a list, or a .txt file with one a line."""
+    templates: Annotated[Templates, BeforeValidator(_lines)]
+    """Prompts with one {} for the class name, averaged: one, a list, or a .txt file with one a line."""
     out: str | None
     """A CSV file; null for one in the run's folder."""
 
-    def names(self) -> list[str]:
-        """The class names."""
-        file = Path(self.classes)
-        given = file.read_text().splitlines() if file.suffix == ".txt" else self.classes.split(",")
-        return [name.strip() for name in given if name.strip()]
+    @cached_property
+    def files(self) -> ImageFiles:
+        """The images."""
+        return ImageFiles(Path(self.images))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="classify")
 def main(composed: DictConfig) -> None:
-    """Load the checkpoint, classify every image, print the best class and write the probabilities of all."""
+    """Load the checkpoint, classify every image, and write the best class and the probabilities of all.
+
+    Rows are written as they are computed, to a file that gets its name at the end. The first 50 images are printed too.
+    """
     asked = check(plain(composed), ClassifyConfig)
     folder = asked.find_checkpoint()
-
-    from multimodal.api import load
-    from multimodal.embeddings import encode_readable, find_images
-
+    if asked.out is None:
+        question = json.dumps([str(Path(asked.images).resolve()), asked.classes, asked.templates])
+        name = asked.output("classified", folder, Path(asked.images).resolve().stem, question)
+        out = name.with_name(f"{name.name}.csv")
+    else:
+        out = Path(asked.out)
     model = load(folder, device=asked.device, workers=asked.workers)
-    try:
-        names, paths = asked.names(), find_images(Path(asked.images))
-        classifier = model.classifier(names, asked.templates)
-    except (ValueError, OSError) as error:
-        raise ConfigError([("images" if "image" in str(error) else "classes", str(error))]) from None
-    features, unreadable = encode_readable(model, paths)
-    probabilities = model.probabilities(features, classifier)
-
-    out = Path(asked.out) if asked.out else asked.folder / "classified" / f"{folder.name}-{Path(asked.images).stem}.csv"
+    classifier = model.classifier(asked.classes, asked.templates)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
+    partial, total, unreadable = out.with_name(f".partial-{out.name}"), len(asked.files), 0
+    with (
+        partial.open("w", newline="", encoding="utf-8", errors="replace") as file,
+        tqdm(total=total, desc="classified", unit="", disable=None) as bar,
+    ):
         writer = csv.writer(file)
-        writer.writerow(["path", "class", "probability", *names, "error"])
-        for place, path in enumerate(paths):
-            if place in unreadable:
-                logger.warning("%s", unreadable[place])
-                writer.writerow([path, "", "", *("" for _ in names), unreadable[place]])
-                continue
-            best = int(probabilities[place].argmax())
-            row = [f"{p:.6f}" for p in probabilities[place].tolist()]
-            writer.writerow([path, names[best], row[best], *row, ""])
-            logger.info("%s: %s %.3f", path, names[best], probabilities[place, best])
-    logger.info("%d images, %d of them unreadable: %s", len(paths), len(unreadable), out)
+        writer.writerow(["path", "class", "probability", *asked.classes, "error"])
+        for start in range(0, total, CHUNK):
+            paths = Slice(asked.files, range(start, min(start + CHUNK, total)))
+            features, broken = model.encode_readable(model.tower("image"), paths)
+            unreadable += len(broken)
+            for place, row in enumerate(model.probabilities(features, classifier).tolist()):
+                if place in broken:
+                    logger.warning("%s", broken[place])
+                    writer.writerow([paths[place], "", "", *("" for _ in row), broken[place]])
+                    continue
+                best = max(range(len(row)), key=row.__getitem__)
+                writer.writerow([paths[place], asked.classes[best], *(f"{p:.6f}" for p in (row[best], *row)), ""])
+                if start + place < PRINTED:
+                    logger.info("%s: %s %.3f", paths[place], asked.classes[best], row[best])
+            bar.update(len(paths))
+    partial.replace(out)
+    more = f", {PRINTED} of them above" if total > PRINTED else ""
+    logger.info("%d images%s, %d unreadable: %s", total, more, unreadable, out)
 
 
 if __name__ == "__main__":
-    launch(main, verbatim=("run", "images", "classes", "out"))
+    launch(main, verbatim=("run", "images", "classes", "templates", "out"))
