@@ -20,6 +20,7 @@ from multimodal.export.huggingface import HuggingFace
 from multimodal.export.onnx import Onnx
 from multimodal.export.open_clip import OpenClip
 from multimodal.export.sentence_transformers import SentenceTransformers
+from multimodal.interop.towers_to_cfg import to_open_clip
 from multimodal.parts import Format
 from multimodal.trainer import Trainer
 
@@ -47,14 +48,19 @@ MODELS = {
     ),
     "attention": ("towers.image.pool=attn", "towers.image.pool_heads=1", "towers.image.grad_checkpointing=true"),
     "timm": ("tower@towers.image=timm", "towers.image.name=convnext_atto", "towers.image.image_size=32"),
+    "sigmoid": ("model.logit_bias=-10", "model.logit_scale=10", "towers.text.too_long=refuse"),
     "bert": ("tower@towers.text=hf_text", "towers.text.context_length=20", "towers.text.pretrained=false"),
 }
-REFUSED = {"resnet", "average", "attention", "timm", "bert"}
-"""What CLIPModel cannot be."""
+REFUSED = {
+    "huggingface": {"resnet", "average", "attention", "timm", "sigmoid", "bert"},
+    "open_clip": {"bert"},  # its architecture is in a local folder
+    "sentence_transformers": {"bert"},
+    "onnx": set[str](),
+}
 
 
-def exported(name: str, tmp_path: Path) -> Exported:
-    overrides = [*MODELS[name]]
+def exported(name: str, tmp_path: Path, *more: str) -> Exported:
+    overrides = [*MODELS[name], *more]
     replaced = [word.split("@")[1].split("=")[0] for word in overrides if word.startswith("tower@")]
     base = [word for word in TINY if not any(part in word for part in replaced)]
     if name == "clip_bpe":
@@ -87,8 +93,8 @@ def cases() -> list[Any]:
 def test_another_library_gives_the_same_features(form: str, model: str, tmp_path: Path) -> None:
     taken, folder = exported(model, tmp_path), tmp_path / "export"
     folder.mkdir()
-    if form == "huggingface" and model in REFUSED:
-        with pytest.raises(ValueError, match="to=open_clip can do others"):
+    if model in REFUSED[form]:
+        with pytest.raises(ValueError, match=r"to=open_clip can do|to=onnx can do"):
             FORMATS[form].write(taken, folder)
         assert not list(folder.iterdir())
         return
@@ -96,7 +102,8 @@ def test_another_library_gives_the_same_features(form: str, model: str, tmp_path
     differences = FORMATS[form].differences(taken, folder)
     assert {"image features", "text features"} <= differences.keys()
     assert max(differences.values()) < 1e-5, differences
-    assert ("trust_remote_code" in usage) == (form == "sentence_transformers" and model in REFUSED)
+    assert ("logit bias" in differences) == (model == "sigmoid" and form in ("open_clip", "onnx"))
+    assert ("trust_remote_code" in usage) == (form == "sentence_transformers" and model in REFUSED["huggingface"])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -107,7 +114,9 @@ def test_a_difference_is_seen(form: str, tmp_path: Path) -> None:
         for tower in taken.model.towers.values():
             for parameter in tower.projection.parameters():  # type: ignore[union-attr]
                 parameter += 0.01 * torch.randn_like(parameter)
+        taken.model.logit_scale += 0.01
     differences = FORMATS[form].differences(taken, tmp_path)
+    assert form == "sentence_transformers" or differences["logit scale"] > 1e-3
     assert differences["image features"] > 1e-4
     assert differences["text features"] > 1e-4
 
@@ -143,7 +152,17 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
         "8 steps",
     ):
         assert told in card
+    write_card(exported("bert", tmp_path), tmp_path, "onnx", "import onnxruntime", {"pixels": 1e-7})
+    card = (tmp_path / "README.md").read_text()
+    assert "name: bert" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("knob", ["projection=linear_bias", "pool=max"])
+def test_what_open_clip_fails_at_is_refused_before(knob: str, tmp_path: Path) -> None:
+    taken = exported("bert", tmp_path, f"towers.text.{knob}")
+    with pytest.raises(ValueError, match="cannot have"):
+        to_open_clip(taken.config.towers, taken.config.model, taken.text.encoding)
 
 
 def test_metrics_of_a_card_are_those_of_its_checkpoint(tmp_path: Path) -> None:
@@ -175,3 +194,15 @@ def test_the_program_checks_and_keeps_what_it_wrote(tmp_path: Path) -> None:
     assert (tmp_path / "tiny" / "export" / "open_clip" / "README.md").exists()
     assert "overwrite=true" in export("to=open_clip").stderr
     assert [path.name for path in (tmp_path / "tiny" / "export").iterdir()] == ["open_clip"]
+    assert export("to=open_clip", "overwrite=true").returncode == 0
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years")
+    refused = export("to=open_clip", "overwrite=true", f"out={tmp_path / 'precious'}")
+    assert refused.returncode == 1
+    assert "no export of ours" in refused.stderr
+    assert (tmp_path / "precious" / "thesis.txt").exists()
+    (tmp_path / "tiny" / "checkpoints" / "step-00000008" / "x.pkl").write_bytes(b"")
+    refused = export("to=onnx")
+    assert refused.returncode == 1
+    assert "may hold code" in refused.stderr
+    assert "Traceback" not in refused.stderr

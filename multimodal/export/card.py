@@ -1,6 +1,7 @@
 """The model card of an export: README.md in the folder, with what hubs read above it."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -17,10 +18,9 @@ def write_card(
     """What the model is, how it is used, what it was trained on and with, and how it does."""
     config, record, model = exported.config, exported.record, exported.model
     head = {"library_name": library, "pipeline_tag": "zero-shot-image-classification", "tags": ["clip", "image-text"]}
-    described = config.model_dump(
-        mode="json", include={"dataset", "augment", "loss", "optimizer", "schedule", "warmup"}
-    )
-    towers = config.model_dump(mode="json", include={"towers"})["towers"]
+    told = _without_places(config.model_dump(mode="json"))
+    towers = told["towers"]
+    described = {key: told[key] for key in ("dataset", "augment", "loss", "optimizer", "schedule", "warmup")}
     seen = record.step * config.global_batch_size
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -38,8 +38,8 @@ def write_card(
                 for name, tower in config.towers.items()
             ],
         ),
-        f"Cosines are multiplied by {model.logit_scale.exp().item():.3f}"
-        + ("." if model.logit_bias is None else f"; {model.logit_bias.item():.3f} is added."),
+        f"Cosines are multiplied by {exported.logit_scale:.3f}"
+        + ("." if exported.logit_bias is None else f"; {exported.logit_bias:.3f} is added."),
         f"```yaml\n{yaml.safe_dump(towers, sort_keys=False)}```",
         "## Training",
         f"{record.step:,} steps of {config.global_batch_size:,} pairs, {seen:,} in all, drawn from "
@@ -51,6 +51,15 @@ def write_card(
         _table(("of", "difference"), [(name, f"{value:.1e}") for name, value in differences.items()]),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _without_places(value: Any) -> Any:
+    """The same data, of absolute paths only the last part: where things are on this machine is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -76,10 +76,20 @@ class Exported:
 
     @property
     def text(self) -> TextPreprocessor:
-        """What reads texts."""
+        """What reads texts; too long ones are cut, as other libraries do, also where training refused them."""
         preprocessor = self.readers["text"].preprocessor
         assert isinstance(preprocessor, TextPreprocessor)
-        return preprocessor
+        return TextPreprocessor(preprocessor.encoding, preprocessor.context_length)
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines."""
+        return self.model.logit_scale.exp().item()
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to them, if anything is."""
+        return None if self.model.logit_bias is None else self.model.logit_bias.item()
 
     def ids(self) -> Tensor:
         """int64 [n, L], of `TEXTS`."""
@@ -115,6 +125,15 @@ def largest(ours: Tensor, theirs: Tensor) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
     return (ours - theirs).abs().nan_to_num(nan=float("inf")).max().item()
+
+
+def differences_of_logits(exported: Exported, scale: float, bias: float | None) -> dict[str, float]:
+    """How far another library's scale and bias are off, as shares of ours."""
+    found = {"logit scale": abs(scale / exported.logit_scale - 1)}
+    if exported.logit_bias is not None or bias is not None:
+        ours, theirs = exported.logit_bias or 0.0, bias or 0.0
+        found["logit bias"] = abs(theirs - ours) / max(1.0, abs(ours))
+    return found
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from multimodal.export.exported import TEXTS, Exported, largest, pictures
+from multimodal.export.exported import TEXTS, Exported, differences_of_logits, largest, pictures
 from multimodal.export.tokenizer import save_tokenizer
 from multimodal.parts import Format
 from multimodal.towers.text_transformer import TextTransformer
@@ -27,6 +27,9 @@ TEXT = {
     "ln_final": "final_layer_norm",
 }
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+
+LEGACY_END = 2
+"""Of old configurations, for which transformers takes the highest id for the end token."""
 
 USAGE = """\
 from transformers import AutoProcessor, CLIPModel
@@ -96,6 +99,7 @@ class HuggingFace(Format):
             "image features": largest(images, unit(_pooled(model.get_image_features(pixel_values=theirs)), dim=-1)),
             "token ids": _different_ids(exported, ids),
             "text features": largest(texts, unit(_pooled(model.get_text_features(input_ids=ids)), dim=-1)),
+            **differences_of_logits(exported, model.logit_scale.exp().item(), None),
         }
 
 
@@ -120,6 +124,10 @@ def _expressible(exported: Exported) -> tuple[ViT, TextTransformer]:
         raise ValueError("CLIPModel has a causal transformer with end token for text; to=open_clip can do others")
     if image.projection != "linear" or text.projection != "linear" or image.layer_scale or text.layer_scale:
         raise ValueError("CLIPModel has plain blocks and linear projections; to=open_clip can do others")
+    if exported.logit_bias is not None:
+        raise ValueError("CLIPModel adds no logit_bias; to=open_clip can do it")
+    if exported.text.encoding.end == LEGACY_END:
+        raise ValueError(f"CLIPModel reads another token than the end token where its id is {LEGACY_END}")
     if image.resize == "longest":
         raise ValueError("the image processor of transformers has no resize=longest")
     return image, text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.export import shipped
-from multimodal.export.exported import TEXTS, Exported, largest, pictures
+from multimodal.export.exported import TEXTS, Exported, differences_of_logits, largest, pictures
 from multimodal.export.tokenizer import save_tokenizer
 from multimodal.model import Model
 from multimodal.parts import Format
@@ -39,11 +39,10 @@ class Onnx(Format):
         split_special_tokens = save_tokenizer(text.tokenizer, exported.text, folder)
         _write_network(exported.model, "image", "pixels", exported.pixels(), folder)
         _write_network(exported.model, "text", "ids", exported.ids(), folder)
-        bias = exported.model.logit_bias
         described = {
             "embed_dim": exported.model.embed_dim,
-            "logit_scale": exported.model.logit_scale.exp().item(),
-            "logit_bias": None if bias is None else bias.item(),
+            "logit_scale": exported.logit_scale,
+            "logit_bias": exported.logit_bias,
             "image_size": image.image_size,
             "resize": image.resize,
             "interpolation": image.interpolation,
@@ -70,6 +69,7 @@ class Onnx(Format):
             "image features": largest(images, torch.from_numpy(model.encode_image(pictures()))),
             "token ids": largest(exported.ids().float(), ids.float()),
             "text features": largest(texts, torch.from_numpy(model.encode_text(TEXTS))),
+            **differences_of_logits(exported, model.config["logit_scale"], model.config["logit_bias"]),
         }
 
 

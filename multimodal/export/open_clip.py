@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from multimodal.export.exported import TEXTS, Exported, largest, pictures, save_tensors
+from multimodal.export.exported import TEXTS, Exported, differences_of_logits, largest, pictures, save_tensors
 from multimodal.export.tokenizer import save_tokenizer
 from multimodal.interop import names, towers_to_cfg
 from multimodal.parts import Format
 from multimodal.towers.clip_bpe import ClipBPE
+from multimodal.towers.hf_text import HFText
 
 USAGE = """\
 import open_clip
@@ -26,7 +27,13 @@ class OpenClip(Format):
     library: ClassVar[str] = "open_clip"
 
     def write(self, exported: Exported, folder: Path) -> str:
-        tokenizer = exported.towers[1].tokenizer
+        text = exported.towers[1]
+        if isinstance(text, HFText) and (Path(text.name).is_absolute() or Path(text.name).exists()):
+            raise ValueError(
+                f"open_clip looks a text tower's architecture up by its name, and '{text.name}' is a folder on this "
+                "machine: to=onnx can do it"
+            )
+        tokenizer = text.tokenizer
         own = not isinstance(tokenizer, ClipBPE)  # which open_clip has
         if own:
             save_tokenizer(tokenizer, exported.text, folder)
@@ -36,6 +43,7 @@ class OpenClip(Format):
             exported.text.encoding,
             "in this folder" if own else None,
         )
+        model_cfg["text_cfg"] |= {"hf_model_pretrained": False} if isinstance(text, HFText) else {}
         described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
         (folder / "open_clip_config.json").write_text(json.dumps(described, indent=2))
         state = names.to_open_clip(exported.model, bool(model_cfg.get("custom_text")))
@@ -58,4 +66,9 @@ class OpenClip(Format):
             "image features": largest(images, model.encode_image(pixels, normalize=True)),
             "token ids": largest(exported.ids().float(), ids.float()),
             "text features": largest(texts, model.encode_text(ids, normalize=True)),
+            **differences_of_logits(
+                exported,
+                model.logit_scale.exp().item(),
+                None if model.logit_bias is None else model.logit_bias.item(),
+            ),
         }

@@ -114,9 +114,10 @@ def _from_text(tower: TextTower, encoding: Encoding | None, tokenizer: str | Non
     elif not isinstance(tower.tokenizer, ClipBPE):
         raise ValueError(f"open_clip has no tokenizer like {type(tower.tokenizer).__name__}")
     if isinstance(tower, HFText):
-        poolers = {ours: theirs for theirs, ours in POOLERS.items()}
-        if tower.pool not in poolers:
-            raise ValueError(f"open_clip's Hugging Face towers do not have pool={tower.pool}")
+        poolers = {ours: theirs for theirs, ours in POOLERS.items() if ours != "max"}  # theirs fails
+        if tower.pool not in poolers or tower.projection == "linear_bias":
+            told = f"pool={tower.pool}, projection={tower.projection}"
+            raise ValueError(f"open_clip's Hugging Face towers cannot have {told}")
         projection = None if tower.projection == "none" else tower.projection
         names = {"hf_model_name": tower.name, "hf_model_pretrained": tower.pretrained}
         return {**cfg, **names, "hf_proj_type": projection, "hf_pooler_type": poolers[tower.pool]}, None
