@@ -165,11 +165,13 @@ def test_what_a_stored_architecture_names_is_neither_fetched_nor_run(folder: Pat
         "_attn_implementation": "someone/kernel",
         "_attn_implementation_internal": "someone/kernel",
         "quantization_config": {"quant_method": "bitsandbytes"},
+        "text_config": {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"},
         "name_or_path": "someone/else",
     }
     (saved / CONFIG).write_text(json.dumps({**described, **hostile}))
     _, module = built(tower(folder), saved)
-    assert module.net.config._attn_implementation == "eager"
+    assert module.net.config._attn_implementation == "sdpa"
+    assert module.net.config.text_config == {}
     (saved / CONFIG).write_text(json.dumps({"model_type": "../evil"}))
     with pytest.raises(ValueError, match="is not known to transformers"):
         built(tower(folder), saved)

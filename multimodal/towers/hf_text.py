@@ -1,7 +1,7 @@
 """Any text encoder of Hugging Face, by name or from a local folder."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multimodal.parts import Augment, Operational
+from multimodal.towers import hf_network
 from multimodal.towers.hf_tokenizer import HFTokenizer
 from multimodal.towers.projection import Projection, projection
 from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
 
 CONFIG = "architecture.json"
-NOT_DATA = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "custom_pipelines")
-"""Entries of a Hugging Face configuration that can make it fetch or run something."""
 
 Pool = Literal["mean", "max", "cls", "pooler", "last"]
 
@@ -44,10 +43,25 @@ class HFTextEncoder(TextEncoder):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """From int64 [n, L] to [n, W]."""
+        return self.features(inputs, self.mask(inputs))
+
+    def mask(
+        self,
+        inputs: Tensor,  # int64 [n, L]
+    ) -> Tensor:  # bool [n, L]
+        """Where the tokens of texts are, rather than padding."""
         places = torch.arange(inputs.shape[1], device=inputs.device)
         mask = (inputs != self.pad) | (places == 0)
         if self.end_is_pad:  # then the first of the padding is the end token
             mask = mask | (places == (places * mask).amax(1, keepdim=True) + 1)
+        return mask
+
+    def features(
+        self,
+        inputs: Tensor,  # int64 [n, L]
+        mask: Tensor,  # bool [n, L]
+    ) -> Tensor:  # [n, W]
+        """Of texts, whatever is beside them where there is no mask."""
         output = self.net(input_ids=inputs, attention_mask=mask.long())
         pooled: Tensor = output.pooler_output if self.pool == "pooler" else self._pool(output.last_hidden_state, mask)
         return pooled
@@ -68,16 +82,30 @@ class HFTextEncoder(TextEncoder):
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def depths(self) -> list[list[nn.Parameter]]:
-        lists = [module for module in self.net.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max(lists, key=len, default=nn.ModuleList())
-        inside = {id(p) for p in blocks.parameters()}
+        """A layer is what lists of layers hold at its place; one that is used again and again is one block."""
+        lists = list(_outer_lists(self.net))
+        count = len(max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=[]))
+        layers = [
+            [p for modules in lists if len(modules) == count for p in modules[place].parameters()]
+            for place in range(count)
+        ]
+        inside = {id(p) for layer in layers for p in layer}
         embeddings = {id(p) for m in self.net.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         named = [(name, p) for name, p in self.net.named_parameters() if id(p) not in inside]
         first = [p for name, p in named if id(p) in embeddings or "embedding" in name.lower()]
-        rest = {id(p) for p in first}
-        groups = [first, *(list(block.parameters()) for block in blocks)]
-        groups[-1] += [p for _, p in named if id(p) not in rest]
+        placed = {id(p) for p in first}
+        groups = [first, *layers]
+        groups[-1] += [p for _, p in named if id(p) not in placed]
         return groups
+
+
+def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Lists of modules that are in no other list."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outer_lists(child)
 
 
 class HFText(TextTower):
@@ -103,59 +131,25 @@ class HFText(TextTower):
         text = TextPreprocessor(tokenizer.build(captions, saved), self.context_length, self.too_long)
         if saved is not None:
             return HFTextPreprocessor(text, json.loads((saved / CONFIG).read_text()), saved=True)
-        return HFTextPreprocessor(text, self._architecture(), saved=False)
-
-    def _architecture(self) -> dict[str, Any]:
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"name: '{self.name}' is no local folder and cannot be had from the hub ({reason}); "
-                "a folder with config.json works without a network"
-            ) from None
-        described: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-        return described
+        return HFTextPreprocessor(text, hf_network.describe(self.name), saved=False)
 
     def build(self, preprocessor: HFTextPreprocessor, embed_dim: int) -> HFTextEncoder:
-        net = self._net(preprocessor)
-        self._check(net, preprocessor)
-        if self.grad_checkpointing:
-            net.gradient_checkpointing_enable()
         encoding = preprocessor.encoding
-        width = next(
-            int(getattr(net.config, key)) for key in ("hidden_size", "d_model", "dim") if hasattr(net.config, key)
-        )
-        made = projection(self.projection, width, embed_dim)
-        return HFTextEncoder(net, made, width, self.pool, encoding.pad, encoding.end == encoding.pad)
-
-    def _net(self, preprocessor: HFTextPreprocessor) -> Any:
-        from transformers import AutoModel
-
-        config = _plain_config(preprocessor.architecture)
-        if preprocessor.saved or not self.pretrained:
-            net: Any = AutoModel.from_config(config, trust_remote_code=False, attn_implementation="eager")
-        else:
-            try:
-                net = AutoModel.from_pretrained(
-                    self.name,
-                    config=config,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    attn_implementation="eager",
-                )
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"pretrained: no safetensors weights of '{self.name}' can be had ({reason})") from None
-        net = net.encoder if getattr(config, "is_encoder_decoder", False) else net
+        pretrained = self.pretrained and not preprocessor.saved
+        net, width = hf_network.build(self.name, preprocessor.architecture, pretrained)
+        self._check(net, encoding)
         if self.pool != "pooler" and getattr(net, "pooler", None) is not None:
             net.pooler = None  # it would have no gradient
-        return net.train()
+        made = projection(self.projection, width, embed_dim)
+        module = HFTextEncoder(net, made, width, self.pool, encoding.pad, encoding.end == encoding.pad)
+        if not _ignores_padding(module, preprocessor):
+            raise ValueError(f"name: in {self.name} padding changes the features of a text, so it cannot be a tower")
+        if self.grad_checkpointing:
+            net.gradient_checkpointing_enable()
+        return module.train()
 
-    def _check(self, net: Any, preprocessor: HFTextPreprocessor) -> None:
-        encoding, rows = preprocessor.encoding, net.get_input_embeddings().num_embeddings
+    def _check(self, net: Any, encoding: Any) -> None:
+        rows = net.get_input_embeddings().num_embeddings
         if encoding.vocab_size > rows:
             raise ValueError(f"the tokenizer has {encoding.vocab_size} tokens, the table of {self.name} only {rows}")
         places = getattr(net.config, "max_position_embeddings", None)
@@ -171,15 +165,15 @@ class HFText(TextTower):
             raise ValueError(f"pool=pooler: {self.name} has no pooler: pool=cls or mean")
 
 
-def _plain_config(architecture: dict[str, Any]) -> Any:
-    """The configuration without what could make transformers fetch or run something."""
-    from transformers import AutoConfig
-
-    kept = {k: v for k, v in architecture.items() if k not in NOT_DATA and not k.startswith("_")}
-    kind = kept.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise ValueError("the stored architecture of the text tower has no model_type")
-    try:
-        return AutoConfig.for_model(kind, **kept)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the stored architecture of the text tower is not known to transformers: {error}") from None
+@torch.no_grad()
+def _ignores_padding(module: HFTextEncoder, preprocessor: HFTextPreprocessor) -> bool:
+    """Whether a text has the same features however far it is padded, and with what: networks may not heed masks."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return True
+    module.eval()
+    padded = preprocessor("a", None)[None]
+    mask = module.mask(padded)
+    short = module(padded[:, : int(mask.sum())])
+    other = torch.where(mask, padded, padded[:, :1])
+    long = module.features(torch.cat([padded, other]), mask.expand(2, -1))
+    return torch.allclose(short, long, rtol=0, atol=1e-3 * short.abs().max().item())
