@@ -6,13 +6,13 @@ it can be imported from here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
@@ -134,13 +134,11 @@ class Tuning(Section):
     keep_features: bool = False
     """Compute the features of a wholly frozen tower once, before training, and read them instead of its inputs."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.unfrozen_blocks and self.frozen == "none":
-            raise ValueError("unfrozen_blocks is about a frozen tower: frozen is none")
+            yield "unfrozen_blocks", "is about a frozen tower: frozen is none"
         if self.keep_features and (self.frozen == "none" or self.unfrozen_blocks):
-            raise ValueError("keep_features needs a wholly frozen tower: frozen=tower or all, unfrozen_blocks=0")
-        return self
+            yield "keep_features", "needs a wholly frozen tower: frozen=tower or all, unfrozen_blocks=0"
 
 
 class Tower(Part):

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Self, TypeVar
@@ -73,6 +73,17 @@ class Section(BaseModel):
                     message = f"{message[:1].lower()}{message[1:]}, got {line['input']!r}"
                 lines.append(problem(message.removeprefix("Value error, "), *line["loc"], value=line["input"]))
             raise ValidationError.from_exception_data(cls.__name__, lines) from None
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """What does not fit among fields that are valid by themselves: (the field to change, what is wrong)."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _has_no_conflicts(self) -> Self:
+        lines = [problem(message, name, value=getattr(self, name)) for name, message in self.conflicts()]
+        if lines:
+            raise ValidationError.from_exception_data(type(self).__name__, lines)
+        return self
 
 
 class Part(Section, ABC):

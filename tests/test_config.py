@@ -189,7 +189,7 @@ def test_the_best_may_be_that_of_an_evaluation_that_runs_but_no_other(compose: C
         ("run.name", "", "run.name", "got ''"),
         ("towers.image.widht", 3, "towers.image.widht", "Did you mean 'width'?"),
         ("towers.image.width", 33, "towers.image.width", ""),
-        ("towers.image.patch_size", 7, "towers.image", "image_size 32 is not divisible by patch_size 7"),
+        ("towers.image.patch_size", 7, "towers.image.image_size", "32 is not divisible by patch_size=7"),
         ("towers.text.tokenizer", "byte_bpe", "towers.text.tokenizer", "should be a Tokenizer: a mapping"),
         ("towers.text.tokenizer.vocab_size", 2, "towers.text.tokenizer.vocab_size", "got 2"),
         ("optimizer", None, "optimizer", "should be a Optimizer"),
@@ -205,12 +205,27 @@ def test_a_mistake_is_told_at_its_own_path(
     if value == 33:
         tiny_raw, at, text = (
             put(tiny_raw, "towers.image.heads", 2),
-            "towers.image",
-            "width 33 is not divisible by heads",
+            "towers.image.heads",
+            "2 does not divide width=33",
         )
     found = problems(put(tiny_raw, path, value))
     assert found.keys() == {at}
     assert text in found[at]
+
+
+def test_all_that_does_not_fit_in_a_part_is_told_at_once(tiny_raw: dict[str, Any]) -> None:
+    """With what is wrong in other parts, but not beside fields that are wrong by themselves."""
+    image = {**tiny_raw["towers"]["image"], "image_size": 33, "heads": 7, "tuning": {"unfrozen_blocks": 1}}
+    text = {**tiny_raw["towers"]["text"], "mask_padding": True, "pool": "last", "heads": 5}
+    assert problems({**tiny_raw, "towers": {"image": {**image, "tuning": {}}, "text": text}}).keys() == {
+        "towers.image.image_size",
+        "towers.image.heads",
+        "towers.text.mask_padding",
+        "towers.text.pool",
+        "towers.text.heads",
+    }
+    found = problems({**tiny_raw, "towers": {**tiny_raw["towers"], "image": image}})
+    assert found == {"towers.image.tuning.unfrozen_blocks": "is about a frozen tower: frozen is none"}
 
 
 def test_a_section_that_is_left_out_is_told(tiny_raw: dict[str, Any]) -> None:

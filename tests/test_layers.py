@@ -90,3 +90,26 @@ def test_a_part_is_loaded_with_nothing_heavier_than_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+WIDTHS = """
+import sys
+from conftest import composed
+from multimodal.config import TrainConfig, check
+
+words = ("run.name=x", "tower@towers.image=vit_tiny", "model.embed_dim=30")
+for knob in ("image.projection=none", "image.pool=attn", "text.projection=none"):
+    tower = check(composed(*words, f"towers.{knob}"), TrainConfig).towers[knob.split(".")[0]]
+    preprocessor = tower.preprocessor(lambda: ["a caption"], None, None) if tower.reads == "image" else text
+    try:
+        tower.build(preprocessor, 30)
+    except ValueError as error:
+        print("told")
+"""
+
+
+def test_widths_that_do_not_meet_are_told_before_open_clip_is_loaded() -> None:
+    stands_for = "from types import SimpleNamespace as S; text = S(encoding=S(vocab_size=300, pad=0, end=299))"
+    code = f"{stands_for}{WIDTHS}print(*({{'open_clip', 'timm', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout.split() == ["told"] * 3, done.stderr

@@ -100,10 +100,18 @@ def test_patches_are_dropped_and_blocks_checkpointed_with_the_same_gradient() ->
     ("knobs", "message"),
     [
         ({"name": "convnext_tny"}, "timm has no model 'convnext_tny'. Did you mean 'convnext_tiny'"),
-        ({"name": "convnext_atto", "pool": "token"}, "convnext_atto cannot be built so, with pool=token"),
+        ({"name": "convnext_atto", "pool": "token"}, "convnext_atto cannot be built with pool=token: Invalid pool"),
         ({"name": "convnext_atto", "projection": "none"}, r"needs model\.embed_dim=320, the tower's width; it is 32"),
-        ({"name": "resnet18", "patch_dropout": 0.5}, "resnet18 cannot be built so"),
-        ({"name": "convnext_atto", "projection": "head"}, "projection=head needs a pool by name"),
+        ({"name": "resnet18", "patch_dropout": 0.5}, "resnet18 cannot be built with patch_dropout=0.5: "),
+        (
+            {"name": "vit_tiny_patch16_224", "pool": "rot_attn"},
+            "with pool=rot_attn: it has no such thing",
+        ),
+        (
+            {"name": "vit_tiny_patch16_224", "pool": "token", "image_size": 100},
+            "100 is not divisible by 16",
+        ),
+        ({"name": "convnext_atto", "projection": "head"}, "projection=head needs one by name"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(knobs: dict[str, Any], message: str) -> None:

@@ -1,9 +1,10 @@
 """The residual network of CLIP, as open_clip builds it."""
 
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated
 
 import torch
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict
 from torch import nn
 
 from multimodal.towers.batch_norm import normalise_globally
@@ -32,13 +33,11 @@ class ResNet(ImageTower):
     heads: int = Field(gt=0)
     """Heads of the attention pooling; divides 32 times the width."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.image_size % 32:
-            raise ValueError(f"image_size {self.image_size} is not divisible by 32, the stride of the network")
+            yield "image_size", f"{self.image_size} is not divisible by 32, the stride of the network"
         if self.width * 32 % self.heads:
-            raise ValueError(f"32 times width {self.width} is not divisible by heads {self.heads}")
-        return self
+            yield "heads", f"{self.heads} does not divide 32 times width={self.width}"
 
     def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ResNetEncoder:
         from open_clip.modified_resnet import ModifiedResNet

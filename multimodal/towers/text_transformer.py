@@ -1,12 +1,13 @@
 """The text transformer of CLIP, as open_clip builds it."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from multimodal.parts import Operational
-from multimodal.towers.projection import Projection, projection
+from multimodal.towers.projection import Projection, check_width, projection
 from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
 from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
 
@@ -55,27 +56,26 @@ class TextTransformer(TextTower):
     grad_checkpointing: Operational[bool] = False
     """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+            yield "heads", f"{self.heads} does not divide width={self.width}"
         if self.mask_padding and self.causal:
-            raise ValueError("mask_padding is for attention both ways (causal=false): causal attention sees no padding")
+            yield "mask_padding", "is for attention both ways (causal=false): causal attention sees no padding"
         if self.pool == "first" and self.causal:
-            raise ValueError("pool=first needs causal=false: the first token attends to itself alone")
+            yield "pool", "first needs causal=false: the first token attends to itself alone"
         if self.pool == "last" and self.mask_padding:
-            raise ValueError("pool=last may be padding, which mask_padding hides: pool=end or first")
-        return self
+            yield "pool", "last may be padding, which mask_padding hides: pool=end or first"
 
     def build(self, preprocessor: TextPreprocessor, embed_dim: int) -> TextTransformerEncoder:
-        from open_clip.transformer import TextTransformer as Net
-
         encoding = preprocessor.encoding
         rows = self.vocab_size or encoding.vocab_size
         if encoding.vocab_size > rows:
             raise ValueError(f"the tokenizer has {encoding.vocab_size} tokens, the table only vocab_size={rows}")
         if self.pool == "end" and encoding.end is None:
             raise ValueError("pool=end needs a tokenizer that marks the end of a text: pool=last, or another tokenizer")
+        check_width(self.projection, self.width, embed_dim)
+        from open_clip.transformer import TextTransformer as Net
+
         net = Net(
             context_length=self.context_length,
             vocab_size=rows,

@@ -1,15 +1,17 @@
 """Any image network of timm, with the head that open_clip puts on it."""
 
 from collections import OrderedDict
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from multimodal import distributed
 from multimodal.parts import Operational, did_you_mean
 from multimodal.towers.batch_norm import GlobalBatchNorm2d, normalise_globally
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+from multimodal.towers.projection import check_width
 
 
 class TimmEncoder(ImageEncoder):
@@ -50,11 +52,9 @@ class TimmTrunk(ImageTower):
     grad_checkpointing: Operational[bool] = False
     """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.projection == "head" and self.pool == "default":
-            raise ValueError("projection=head needs a pool by name, such as avg or token")
-        return self
+            yield "pool", "projection=head needs one by name, such as avg or token"
 
     def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> TimmEncoder:
         net = self._net(embed_dim)
@@ -70,8 +70,7 @@ class TimmTrunk(ImageTower):
         pool = net.head._modules.pop("pool", None)
         projection, net.head = net.head, nn.Sequential(OrderedDict(pool=pool) if pool else OrderedDict())
         width = embed_dim if self.projection == "head" or pool else trunk.num_features
-        if self.projection == "none" and width != embed_dim:
-            raise ValueError(f"projection=none needs model.embed_dim={width}, the tower's width; it is {embed_dim}")
+        check_width(self.projection, width, embed_dim)
         return TimmEncoder(net, projection, width, self.mean, self.std)
 
     def _net(self, embed_dim: int) -> Any:
@@ -93,10 +92,10 @@ class TimmTrunk(ImageTower):
                 pretrained=self.pretrained,
             )
         except (TypeError, AssertionError) as error:
-            raise ValueError(f"timm's {self.name} cannot be built so, with pool={self.pool}: {error}") from None
+            raise ValueError(self._cannot_be_built(error)) from None
         except (OSError, RuntimeError) as error:
             if not self.pretrained:
-                raise ValueError(f"timm's {self.name} cannot be built so, with pool={self.pool}: {error}") from None
+                raise ValueError(self._cannot_be_built(error)) from None
             raise ValueError(
                 f"pretrained: the weights of {self.name} cannot be had ({error}); without a network, "
                 "pretrained=false and init.weights=FILE"
@@ -107,4 +106,13 @@ class TimmTrunk(ImageTower):
                 net.trunk.set_input_size(self.image_size)
             elif net.trunk.default_cfg.get("fixed_input_size"):
                 raise ValueError(f"image_size: {self.name} reads images of {size} pixels only, not {self.image_size}")
+        patch = getattr(getattr(net.trunk, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and any(self.image_size % side for side in patch):
+            raise ValueError(f"image_size: {self.image_size} is not divisible by {patch[0]}, a patch of {self.name}")
         return net
+
+    def _cannot_be_built(self, error: Exception) -> str:
+        unusual = {"pool": self.pool, "drop_path": self.drop_path, "patch_dropout": self.patch_dropout or None}
+        asked = ", ".join(f"{name}={value}" for name, value in unusual.items() if value not in (None, "default"))
+        reason = str(error) or "it has no such thing"
+        return f"timm's {self.name} cannot be built{' with ' if asked else ''}{asked}: {reason}"

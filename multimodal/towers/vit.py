@@ -1,13 +1,14 @@
 """The Vision Transformer of CLIP, as open_clip builds it."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from multimodal.parts import Operational
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
-from multimodal.towers.projection import Projection, projection
+from multimodal.towers.projection import Projection, check_width, projection
 from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
 
 
@@ -57,19 +58,19 @@ class ViT(ImageTower):
     grad_checkpointing: Operational[bool] = False
     """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+            yield "image_size", f"{self.image_size} is not divisible by patch_size={self.patch_size}"
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-        return self
+            yield "heads", f"{self.heads} does not divide width={self.width}"
 
     def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ViTEncoder:
-        from open_clip.transformer import VisionTransformer
-
         if self.pool == "attn" and embed_dim % self.pool_heads:
             raise ValueError(f"pool_heads {self.pool_heads} does not divide model.embed_dim={embed_dim}")
+        width = embed_dim if self.pool == "attn" else self.width
+        check_width(self.projection, width, embed_dim)
+        from open_clip.transformer import VisionTransformer
+
         net = VisionTransformer(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -92,5 +93,4 @@ class ViT(ImageTower):
         net.proj = None
         net.set_grad_checkpointing(self.grad_checkpointing)
         add_drop_path(net.transformer.resblocks, self.drop_path)
-        width = embed_dim if self.pool == "attn" else self.width
         return ViTEncoder(net, projection(self.projection, width, embed_dim), width, self.mean, self.std)
