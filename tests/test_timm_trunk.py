@@ -83,6 +83,12 @@ def test_another_image_size_resizes_what_has_one() -> None:
     assert built(name="vit_tiny_patch16_224", image_size=96, pool="token")(pixels(96)).shape == (2, 192)
 
 
+def test_a_network_takes_its_own_image_size_though_patches_leave_pixels_over() -> None:
+    with torch.device("meta"):
+        module = built(name="vit_so400m_patch14_siglip_384", image_size=384, pool="map")
+    assert module.net.trunk.patch_embed.grid_size == (27, 27)
+
+
 def test_patches_are_dropped_and_blocks_checkpointed_with_the_same_gradient() -> None:
     net = {"name": "vit_tiny_patch16_224", "image_size": 224, "pool": "token"}
     dropping = built(**net, patch_dropout=0.5).train()

@@ -101,14 +101,14 @@ class TimmTrunk(ImageTower):
                 "pretrained=false and init.weights=FILE"
             ) from None
         size = net.trunk.default_cfg.get("input_size", (3, self.image_size, self.image_size))[-1]
-        if size != self.image_size:
+        if size != self.image_size:  # its own may leave pixels over: 384 by 14 in SigLIP
+            patch = getattr(getattr(net.trunk, "patch_embed", None), "patch_size", None)
+            if isinstance(patch, tuple) and any(self.image_size % side for side in patch):
+                raise ValueError(f"image_size: {self.image_size} is not divisible by {patch[0]}, {self.name}'s patch")
             if hasattr(net.trunk, "set_input_size"):
                 net.trunk.set_input_size(self.image_size)
             elif net.trunk.default_cfg.get("fixed_input_size"):
                 raise ValueError(f"image_size: {self.name} reads images of {size} pixels only, not {self.image_size}")
-        patch = getattr(getattr(net.trunk, "patch_embed", None), "patch_size", None)
-        if isinstance(patch, tuple) and any(self.image_size % side for side in patch):
-            raise ValueError(f"image_size: {self.image_size} is not divisible by {patch[0]}, a patch of {self.name}")
         return net
 
     def _cannot_be_built(self, error: Exception) -> str:
