@@ -6,6 +6,7 @@ from multimodal.config import TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals.figures import batch_sheet
+from multimodal.kept_features import check_kept_features
 from multimodal.run_folder import config_text
 from multimodal.towers.images import ImagePreprocessor
 from multimodal.towers.text import TextPreprocessor
@@ -19,6 +20,8 @@ def dry_run(config: TrainConfig) -> None:
     source = open_source(config, problems)
     open_evaluations(config.evals, config.paths.datasets, problems)
     per_epoch, total, warmup = count_steps(config, source, problems)
+    if source is not None:
+        check_kept_features(config, source, problems)
     problems.report()
     assert source is not None
     assembled = assemble(config, source, None)

@@ -12,14 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multimodal import distributed
-from multimodal.assemble import Assembled
-from multimodal.config import ConfigError, TrainConfig
-from multimodal.data.loader import read_inputs
+from multimodal.assemble import Assembled, Problems
+from multimodal.config import RunError, TrainConfig
+from multimodal.data.loader import Reader, read_inputs
 from multimodal.data.views import Inputs
 from multimodal.files import write_json
 from multimodal.parts import BadSample, Source
 
 FOLDER, BATCH = "features", 256
+PROBES = 16
+"""So many samples are read to see whether the data are still the same."""
 
 
 class KeptFeatures:
@@ -40,14 +42,11 @@ class KeptFeatures:
 def keep_features(config: TrainConfig, assembled: Assembled, source: Source) -> dict[str, KeptFeatures]:
     """For every tower that wants it: its features of all samples, from the run's folder or computed now.
 
-    Computed once for the same weights and data; every rank computes its share. ConfigError if a sample may read
-    differently each time.
+    Computed once for the same weights and data; every rank computes its share. RunError if one is not finite.
     """
     kept = {}
     for name, tower in config.towers.items():
         if tower.tuning.keep_features:
-            if tower.reads == "text":
-                _require_one_caption(name, source)
             path = config.folder / FOLDER / f"{name}.npy"
             made_of = _fingerprint(name, config, assembled, source)
             if not distributed.on_first_rank(partial(_is_there, path, made_of)):
@@ -56,14 +55,18 @@ def keep_features(config: TrainConfig, assembled: Assembled, source: Source) -> 
     return kept
 
 
-def _require_one_caption(name: str, source: Source) -> None:
-    several = next((index for index in range(len(source)) if len(source.captions(index)) > 1), None)
-    if several is not None:
-        problem = f"sample {several} has several captions, of which another one is drawn each time"
-        raise ConfigError([(f"towers.{name}.tuning.keep_features", problem)])
+def check_kept_features(config: TrainConfig, source: Source, problems: Problems) -> None:
+    """Note the towers whose samples may read differently each time, so that features cannot be kept."""
+    for name, tower in config.towers.items():
+        if tower.tuning.keep_features and tower.reads == "text":
+            several = next((index for index in range(len(source)) if len(source.captions(index)) > 1), None)
+            if several is not None:
+                told = f"sample {source.key(several)} has several captions, of which another one is drawn each time"
+                problems.append((f"towers.{name}.tuning.keep_features", told))
 
 
 def _fingerprint(name: str, config: TrainConfig, assembled: Assembled, source: Source) -> dict[str, str | int]:
+    """What the features are of: the weights, the settings, every sample's key, and what some samples read as."""
     digest = hashlib.sha256()
     for key, tensor in assembled.model.towers[name].state_dict().items():
         if not key.startswith("projection."):
@@ -75,7 +78,20 @@ def _fingerprint(name: str, config: TrainConfig, assembled: Assembled, source: S
         "config": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest(),
         "precision": assembled.precision,
         "num_samples": len(source),
+        "samples": _samples(assembled.readers[name], source),
     }
+
+
+def _samples(reader: Reader, source: Source) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.key(index)}\0".encode())
+    for index in range(0, len(source), max(1, len(source) // PROBES)):
+        try:
+            digest.update(reader.preprocessor(source[index].inputs[reader.reads], None).numpy().tobytes())
+        except BadSample as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()
 
 
 def _is_there(path: Path, made_of: dict[str, str | int]) -> bool:
@@ -89,7 +105,8 @@ def _compute(
 ) -> None:
     """Every rank writes its rows of one file, which gets its name when all are done."""
     unfinished = path.with_name(f".partial-{path.name}")
-    tower = assembled.model.towers[name]
+    model = assembled.model
+    tower = model.towers[name]
     shape = len(source), int(tower.width)  # type: ignore[arg-type]
 
     def create() -> None:
@@ -99,6 +116,7 @@ def _compute(
         rows.flush()
 
     def finish() -> None:
+        path.with_suffix(".json").unlink(missing_ok=True)  # what it says is not true of the new file
         unfinished.replace(path)
         write_json(path.with_suffix(".json"), made_of)
 
@@ -106,8 +124,7 @@ def _compute(
     rank, ranks = distributed.rank(), distributed.world_size()
     mine = range(len(source) * rank // ranks, len(source) * (rank + 1) // ranks)
     rows = np.lib.format.open_memmap(unfinished, mode="r+")
-    training = tower.training
-    tower.eval()
+    model.eval()
     hide = True if rank else None  # None hides it where there is no terminal
     reader = assembled.readers[name]
     with (
@@ -119,10 +136,11 @@ def _compute(
                 raise unexpected[0]
             if batch.places:
                 with assembled.context:
-                    features = tower(batch.values.to(assembled.model.logit_scale.device))
-                rows[batch.places] = features.float().cpu().numpy()
+                    features = tower(batch.values.to(model.logit_scale.device)).float().cpu()
+                if not features.isfinite().all():
+                    raise RunError(f"tower {name} makes features that are not finite of some samples: other weights")
+                rows[batch.places] = features.numpy()
             bar.update(len(batch.places) + len(batch.broken))
-    tower.train(training)
     rows.flush()
     distributed.total(len(mine))  # waits for all ranks
     distributed.on_first_rank(finish)

@@ -37,7 +37,7 @@ from multimodal.evals import figures
 from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
 from multimodal.interop.weights import initialise
-from multimodal.kept_features import keep_features
+from multimodal.kept_features import check_kept_features, keep_features
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
 from multimodal.step import seed_step, training_step
@@ -136,6 +136,8 @@ class Trainer:
         source = open_source(config, problems)
         self.evaluations = open_evaluations(config.evals, config.paths.datasets, problems)
         self.steps_per_epoch, total_steps, self.warmup_steps = count_steps(config, source, problems)
+        if source is not None:
+            check_kept_features(config, source, problems)
         problems.report()
         assert source is not None
         self.source = source

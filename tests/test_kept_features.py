@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyConfig
+from conftest import TINY, TinyConfig, composed
+from PIL import Image
 from safetensors.torch import load_file
 
 from multimodal import checkpoint
-from multimodal.config import ConfigError
+from multimodal.config import ConfigError, RunError, TrainConfig, check
+from multimodal.dry_run import dry_run
 from multimodal.kept_features import KeptFeatures
 from multimodal.parts import BadSample, Sample
 from multimodal.trainer import Trainer
@@ -73,6 +75,40 @@ def test_features_are_computed_once(tiny_config: TinyConfig) -> None:
     assert path.stat().st_mtime_ns > made
 
 
+def image_folder(folder: Path, shade: int) -> Path:
+    for place in range(64):
+        image = Image.new("RGB", (8, 8), (shade, place, 0))
+        image.save((folder / "class" / f"{place:02d}.png").as_posix())
+    return folder
+
+
+def test_features_are_computed_again_when_the_data_are_others(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "pets" / "class").mkdir(parents=True)
+        image_folder(tmp_path / name / "pets", 0 if name == "one" else 200)
+    folder = ("dataset=image_folder", "dataset.path=pets", "dataset.templates=['a {}']")
+    base = [word for word in TINY if not word.startswith("dataset.")]
+
+    def trained(place: str, duration: int) -> int:
+        places = (f"paths.datasets={tmp_path / place}", f"paths.runs={tmp_path / 'runs'}")
+        config = check(composed(*base, *KEPT, *folder, *places, f"duration={duration}steps"), TrainConfig)
+        Trainer(config).run()
+        return (config.folder / "features" / "image.npy").stat().st_mtime_ns
+
+    first = trained("one", 8)
+    assert trained("one", 9) == first
+    assert trained("two", 10) > first
+
+
+def test_features_that_are_not_finite_stop_the_run(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_config(*KEPT))
+    trainer._assemble(None)
+    with torch.no_grad():
+        trainer.model.towers["image"].net.ln_post.weight[0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(RunError, match="tower image makes features that are not finite"):
+        trainer._train()
+
+
 def test_images_are_not_read_again(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(*KEPT)
     trainer = Trainer(config)
@@ -86,7 +122,8 @@ def test_images_are_not_read_again(tiny_config: TinyConfig, monkeypatch: pytest.
 
     monkeypatch.setattr(source, "__getitem__", counted)
     trainer._train()
-    assert sorted(read) == list(range(64))
+    probed = list(range(0, 64, 4))
+    assert sorted(read) == sorted([*range(64), *probed])
 
 
 def test_a_sample_that_was_broken_is_replaced(tmp_path: Path) -> None:
@@ -102,8 +139,10 @@ def test_features_that_would_differ_each_time_are_not_kept(tiny_config: TinyConf
     with pytest.raises(ConfigError, match=r"towers\.image\.tuning\.keep_features.*augment=none"):
         tiny_config(*KEPT, "augment=crop")
     several = tiny_config("towers.text.tuning.frozen=tower", "towers.text.tuning.keep_features=true")
-    with pytest.raises(ConfigError, match=r"towers\.text\.tuning\.keep_features.*several captions"):
-        Trainer(several).run()
+    for start in (lambda: Trainer(several).run(), lambda: dry_run(several)):
+        with pytest.raises(ConfigError, match=r"towers\.text\.tuning\.keep_features.*several captions"):
+            start()
+    assert not several.folder.exists()
 
 
 @pytest.mark.parametrize(
