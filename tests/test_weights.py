@@ -81,6 +81,10 @@ def test_folders_are_searched_as_open_clip_does(state: dict[str, Tensor], tmp_pa
     for epoch in (9, 10):
         torch.save({"state_dict": {"x": torch.tensor(epoch)}}, tmp_path / "checkpoints" / f"epoch_{epoch}.pt")
     assert int(weights.read(tmp_path)["x"]) == 10
+    (tmp_path / "other").mkdir()
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other" / "epoch_11.pt")
+    with pytest.raises(ValueError, match=r"checkpoints of several runs \(.*checkpoints, .*other\): name one"):
+        weights.read(tmp_path)
     torch.save({"x": torch.zeros(1)}, tmp_path / "open_clip_pytorch_model.bin")
     assert weights.read(tmp_path).keys() == {"x"}
     save_file(state, tmp_path / "open_clip_model.safetensors")

@@ -160,11 +160,11 @@ def _file(source: Path) -> Path:
     for name in PREFERRED:
         if (source / name).is_file():
             return source / name
-    epochs = {
-        int(match[1]): path for path in source.glob("**/epoch_*.pt") if (match := re.search(r"(\d+)\.pt$", path.name))
-    }
-    if epochs:
-        return epochs[max(epochs)]
+    epochs = sorted(source.glob("**/epoch_*.pt"), key=_epoch)
+    if places := sorted({str(path.parent) for path in epochs}):
+        if len(places) > 1:
+            raise ValueError(f"the folder {source} has checkpoints of several runs ({_few(places)}): name one")
+        return epochs[-1]
     files = [path for path in sorted(source.iterdir()) if path.suffix in (".safetensors", *PICKLED)]
     if len(files) == 1:
         return files[0]
@@ -172,6 +172,11 @@ def _file(source: Path) -> Path:
         f"several files of weights ({_few(path.name for path in files)}): name one" if files else "no file of weights"
     )
     raise ValueError(f"the folder {source} has {have}")
+
+
+def _epoch(path: Path) -> int:
+    found = re.search(r"(\d+)\.pt$", path.name)
+    return int(found[1]) if found else -1
 
 
 def _read_pickled(file: Path) -> Any:
