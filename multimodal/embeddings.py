@@ -70,13 +70,16 @@ def from_dataset(source: Source, reads: str, facts: dict[str, Any]) -> Rows:
 class Embeddings:
     """A file of unit-norm float32 embeddings with their ids, or the parts of one that is not finished.
 
-    `out.parquet`, or `out.npy` beside `out.ids.json`; parts are in `out.parts/`. What they are of is in `out.json`.
+    `out.parquet`, or `out.npy` beside `out.ids.json`; parts are in `out.parts/`. What a file is of is said beside it,
+    in `out.parquet.json` or `out.npy.json`.
     """
 
     def __init__(self, out: Path, kind: Format, rows: Rows, facts: dict[str, Any]) -> None:
         self.rows, self.kind = rows, kind
         self.target, self.parts = (out.with_name(f"{out.name}.{ending}") for ending in (kind, "parts"))
-        self.facts_file, self.ids_file = (out.with_name(f"{out.name}{ending}") for ending in (".json", ".ids.json"))
+        self.facts_file, self.ids_file = (
+            out.with_name(f"{out.name}.{ending}") for ending in (f"{kind}.json", "ids.json")
+        )
         digest = hashlib.sha256()
         for name in rows.ids:
             digest.update(_text(name).encode() + b"\n")

@@ -227,14 +227,17 @@ def test_a_picture_that_is_cut_off_is_told_by_its_number(
             model.encode_image(images)
 
 
-def test_files_that_pillow_has_opened_may_be_read_by_workers(
-    trained: Trainer, model: multimodal.ImageTextModel, pictures: list[Image.Image], tmp_path: Path
-) -> None:
-    for place, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{place}.png")
+def test_files_that_pillow_has_opened_may_be_read_by_workers_again_and_again(trained: Trainer, tmp_path: Path) -> None:
+    noise = np.random.default_rng(3)
+    for place in range(4):  # larger than what is buffered of a file
+        Image.fromarray(noise.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / f"{place}.png")
+    files = [tmp_path / f"{place}.png" for place in range(4)]
     parallel = multimodal.load(trained.config.folder, device="cpu", workers=2, batch_size=2)
-    opened = [Image.open(tmp_path / f"{place}.png") for place in range(5)] * 4
-    torch.testing.assert_close(parallel.encode_image(opened), model.encode_image(pictures * 4))
+    opened = [Image.open(file) for file in files]
+    for _ in range(2):
+        assert torch.equal(parallel.encode_image(opened), parallel.encode_image(files))
+    alone = multimodal.load(trained.config.folder, device="cpu", batch_size=2)
+    assert torch.equal(alone.encode_image(opened), parallel.encode_image(files))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "rotated"])

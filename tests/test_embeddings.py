@@ -137,8 +137,11 @@ def test_a_finished_file_is_passed_over_only_if_it_is_of_the_same(
     (images / "9.png").rename(images / "renamed.png")
     with pytest.raises(ValueError, match=r"\(ids\)"):
         embed(model, from_path(images), tmp_path / "out")
-    (tmp_path / "out.json").unlink()
-    with pytest.raises(ValueError, match=r"without out\.json"):
+    embed(model, from_path(images), tmp_path / "out", "parquet")  # tells nothing of the other one
+    with pytest.raises(ValueError, match=r"\(ids\)"):
+        embed(model, from_path(images), tmp_path / "out")
+    (tmp_path / "out.npy.json").unlink()
+    with pytest.raises(ValueError, match=r"without out\.npy\.json"):
         embed(model, from_path(images), tmp_path / "out")
 
 

@@ -230,6 +230,7 @@ def test_a_key_is_told_without_reading_its_sample(tmp_path: Path) -> None:
         assert [source.key(index) for index in range(len(source))] == [source[i].key for i in range(len(source))]
     (tmp_path / "classes" / "cat" / "0.png").write_text("broken")
     assert ImageFolder(path="classes").build(tmp_path).key(0) == "classes/cat/0.png"
+    assert Shapes(size=3).build(tmp_path).key(2) == "shapes/train/2"
 
 
 def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
