@@ -15,6 +15,7 @@ from multimodal.config import ConfigError, ModelSection, TrainConfig, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
+from multimodal.offline import offline
 from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.step import native_precision
@@ -143,14 +144,26 @@ def build(
     saved: Path | None,
 ) -> tuple[dict[str, Reader], Model]:
     """The readers and the model of some towers; ConfigError with all that does not fit."""
-    problems, readers, modules = Problems(), {}, {}
+    problems, readers, preprocessors = Problems(), {}, {}
     for name, tower in towers.items():
         with problems.at(f"towers.{name}"):
-            preprocessor = tower.preprocessor(captions, augment, saved / name if saved else None)
-            readers[name] = Reader(tower.reads, preprocessor)
-            modules[name] = tower.build(preprocessor, section.embed_dim)
-    problems.report()
-    return readers, Model(modules, section)
+            preprocessors[name] = tower.preprocessor(captions, augment, saved / name if saved else None)
+            readers[name] = Reader(tower.reads, preprocessors[name])
+
+    def model() -> Model:
+        modules = {}
+        for name, preprocessor in preprocessors.items():
+            with problems.at(f"towers.{name}"):
+                modules[name] = towers[name].build(preprocessor, section.embed_dim, saved is not None)
+        problems.report()
+        return Model(modules, section)
+
+    if saved is None:
+        return readers, model()
+    with offline():
+        with checkpoint.outlined(saved) as check_weights:
+            check_weights(model())
+        return readers, model()
 
 
 def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:

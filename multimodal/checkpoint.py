@@ -7,21 +7,30 @@ preprocessors have learnt; `checkpoints/best` points to the best of them.
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from pydantic import BaseModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from multimodal.data.loader import Reader
 from multimodal.model import Model
 
 FOLDER, BEST = "checkpoints", "best"
+WEIGHTS = "model.safetensors"
+UNSOUND = (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError)
+"""What reading a safetensors file that is none ends in."""
+SPARE = 4
+"""Networks make so many times their parameters at most, and drop some (a decoder, a classifier)."""
+UNKEPT = 2**30
+"""Bytes that networks may hold beside their weights (a mask), beyond as many as the weights have."""
 RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
 """Endings of files that may hold code."""
 
@@ -181,23 +190,65 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     """What a safetensors file holds; ValueError if its header is not true."""
     try:
         return load_file(file)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError) as error:
+    except UNSOUND as error:
         raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
 
 
 def load_model(folder: Path, model: Model) -> None:
     """Fill the model's parameters and buffers; every one of them, and nothing else, must be there."""
-    file = folder / "model.safetensors"
-    tensors = load_tensors(file)
-    stored = {name: tensor.shape for name, tensor in tensors.items()}
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = load_tensors(folder / WEIGHTS)
+    _require_same(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
+    model.load_state_dict(tensors)
+
+
+@contextmanager
+def outlined(folder: Path) -> Iterator[Callable[[Model], None]]:
+    """Modules that are built inside take no memory; what is given then holds their model against the stored weights.
+
+    So a configuration that asks for much more than its weights are is refused for the price of reading their names.
+    ValueError if a model is not the stored one, or has so many parameters that it cannot be.
+    """
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, "pt") as opened:
+            stored = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except UNSOUND as error:
+        raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
+    count, most = 0, SPARE * len(stored) + 1000
+
+    def registered(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"{file} does not hold the weights of its config.yaml: {len(stored)} are far too few")
+
+    hook = register_module_parameter_registration_hook(registered)
+
+    def check(model: Model) -> None:
+        _require_same(file, stored, model)
+        kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        unkept = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in kept)
+        if unkept > file.stat().st_size + UNKEPT:
+            raise ValueError(f"{folder / 'config.yaml'} asks for {unkept:,} bytes beside the weights in {file}")
+
+    try:
+        with torch.device("meta"):
+            yield check
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # of sizes that torch cannot even name
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{folder / 'config.yaml'} describes no model that can be built: {why}") from None
+    finally:
+        hook.remove()
+
+
+def _require_same(file: Path, stored: Mapping[str, tuple[int, ...]], model: Model) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if stored != wanted:
         missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
         other = sorted(k for k in stored.keys() & wanted.keys() if stored[k] != wanted[k])
         told = [f"{len(k)} {what} ({k[0]})" for what, k in (("missing", missing), ("extra", extra)) if k]
         told += [f"{len(other)} of other shape ({k}: {list(stored[k])}, not {list(wanted[k])})" for k in other[:1]]
         raise ValueError(f"{file} does not hold the weights of its config.yaml: {', '.join(told)}")
-    model.load_state_dict(tensors)
 
 
 def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> None:

@@ -24,7 +24,7 @@ from multimodal import distributed
 from multimodal.config import ConfigError, RunError
 from multimodal.interop import config_source
 from multimodal.parts import BadSample
-from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, did_you_mean
+from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced, did_you_mean
 
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
@@ -44,7 +44,7 @@ class PartsSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for point in entry_points(group=ENTRY_POINT_GROUP):
-            spec = find_spec(point.value.split(":")[0].split(".")[0])
+            spec = find_spec(announced(point))
             for place in (spec.submodule_search_locations or []) if spec else []:
                 search_path.append(point.name, f"file://{place}/conf")
 

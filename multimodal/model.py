@@ -52,7 +52,7 @@ class Model(nn.Module):
         return Features(tensors, self.logit_scale.exp(), self.logit_bias)
 
     def freeze(self, tunings: Mapping[str, Tuning]) -> None:
-        """Stop the training of what the `tunings` of towers say is frozen; ValueError if a pattern names nothing."""
+        """Stop the training of what the `tunings` of towers say is frozen; ValueError if that is not possible."""
         for name, tuning in tunings.items():
             tower = self.towers[name]
             assert isinstance(tower, TowerModule)
@@ -60,6 +60,10 @@ class Model(nn.Module):
             if tuning.unfrozen_blocks >= len(depths):
                 blocks = len(depths) - 1
                 raise ValueError(f"unfrozen_blocks={tuning.unfrozen_blocks} leaves nothing frozen of {blocks} blocks")
+            if tuning.layer_decay < 1 and len(depths) == 1:
+                raise ValueError("layer_decay: it is not known how the blocks of this tower follow each other")
+            if tuning.frozen == "tower" and not tuning.unfrozen_blocks and not list(tower.projection.parameters()):
+                raise ValueError("frozen=tower leaves nothing to train here: frozen=all, or unfrozen_blocks")
             if tuning.frozen != "none":
                 for parameters in depths[: len(depths) - tuning.unfrozen_blocks]:
                     for parameter in parameters:

@@ -15,18 +15,24 @@ from multimodal.parts import Optimizer, Schedule, TowerModule, Tuning
 def parameter_groups(model: Model, optimizer: Optimizer, tunings: Mapping[str, Tuning]) -> list[dict[str, Any]]:
     """What is trained, in groups of the same peak learning rate (`lr` and `peak_lr`) and weight decay.
 
-    Matrices decay; gains, biases and scales (fewer than two dimensions) do not, as in open_clip. With a layer decay d,
-    a tower's projection has the tower's rate, its last block d times that, the one before d**2 times, and what
-    precedes the first of n blocks d**(n + 1) times (Bao et al. 2022, BEiT). ValueError if nothing is left to train.
+    Gains, biases and scales do not decay: what has fewer than two dimensions, or "bias" in its name within the tower
+    (tables of relative positions). All else does, also embeddings of positions. open_clip does the same: what it leaves
+    out by "bn", "ln" and "logit_scale" has fewer than two dimensions in its networks, and any word may have "ln" in it.
+
+    With a layer decay d, a tower's projection has the tower's rate, its last block d times that, the one before d**2
+    times, and what precedes the first of n blocks d**(n + 1) times (Bao et al. 2022, BEiT).
+    ValueError if nothing is left to train.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    biases = {id(p) for tower in model.towers.values() for name, p in tower.named_parameters() if "bias" in name}
     seen: set[int] = set()
 
     def add(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
         for parameter in parameters:
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                groups.setdefault((lr, weight_decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+                decays = parameter.ndim >= 2 and id(parameter) not in biases
+                groups.setdefault((lr, weight_decay if decays else 0.0), []).append(parameter)
 
     for name, tuning in tunings.items():
         tower = model.towers[name]

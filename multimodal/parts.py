@@ -155,9 +155,11 @@ class Tower(Part):
         """Made for a new run from the training `captions`, or as it was `saved` in a checkpoint's folder."""
 
     @abstractmethod
-    def build(self, preprocessor: Any, embed_dim: int) -> TowerModule:
+    def build(self, preprocessor: Any, embed_dim: int, saved: bool = False) -> TowerModule:
         """The module, randomly initialised unless it says otherwise, for what its own `preprocessor` makes.
 
+        `saved` says that a checkpoint's weights will follow: no others are read or downloaded then, whatever the
+        settings say, and it is first built on torch's meta device, to be held against their shapes.
         ValueError where the settings do not fit each other, or what the preprocessor makes.
         """
 

@@ -12,7 +12,7 @@ import re
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
@@ -116,19 +116,26 @@ P = TypeVar("P", bound=Part)
 # --- finding --------------------------------------------------------------------------------------------------------
 
 
+def announced(point: EntryPoint) -> str:
+    """The package that an entry point announces."""
+    return point.value.partition(":")[0].strip()
+
+
 @cache
 def allowed_packages() -> frozenset[str]:
-    """Top-level packages that parts may come from: ours, and those installed ones that announce themselves."""
-    announced = (point.value.split(":")[0].split(".")[0] for point in entry_points(group=ENTRY_POINT_GROUP))
-    return frozenset({"multimodal", *announced})
+    """Packages that parts may come from: ours, and those installed ones that announce themselves, as they do.
+
+    Announced may be a package inside another one, which then stays closed: `google.foo` does not open all of `google`.
+    """
+    return frozenset({"multimodal", *map(announced, entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def find_part(target: str, contract: type[Part]) -> type[Part]:
     """The class that `target` names; ValueError if it is not an allowed `contract`, before anything is imported."""
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise ValueError(f"'{target}' is not a dotted path to a class")
-    package, (module_name, _, name) = target.split(".")[0], target.rpartition(".")
-    if package not in allowed_packages():
+    module_name, _, name = target.rpartition(".")
+    if not any(target.startswith(f"{package}.") for package in allowed_packages()):
         allowed = ", ".join(sorted(allowed_packages()))
         raise ValueError(f"'{target}' is outside the packages that parts may come from ({allowed})")
     try:

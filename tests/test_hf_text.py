@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast, RobertaConfig
 
 from multimodal.data.augment import Keep
+from multimodal.offline import offline
 from multimodal.parts import BadSample
 from multimodal.towers.hf_text import CONFIG, HFText, HFTextEncoder
-from multimodal.towers.hf_tokenizer import HFTokenizer
+from multimodal.towers.hf_tokenizer import FACTS, VOCABULARY, HFTokenizer
 from multimodal.towers.text import TextPreprocessor
+from multimodal.towers.text_transformer import TextTransformer
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red", "blue", "two", "and", "the"]
 TEXTS = ["a photo of a cat", "", "the  red\tdog and two blue cat", "a cat " * 40, "A &amp; Photo, of: the DOG!"]
@@ -81,7 +83,7 @@ def tower(folder: Path, **changes: Any) -> HFText:
 def built(part: HFText, saved: Path | None = None, embed_dim: int = 24) -> tuple[TextPreprocessor, HFTextEncoder]:
     torch.manual_seed(0)
     preprocessor = part.preprocessor(no_captions, Keep(), saved)
-    return preprocessor, part.build(preprocessor, embed_dim).double().eval()
+    return preprocessor, part.build(preprocessor, embed_dim, saved is not None).double().eval()
 
 
 def ids(preprocessor: TextPreprocessor) -> Tensor:
@@ -152,32 +154,141 @@ def test_a_saved_tower_is_opened_without_its_folder(folder: Path, tmp_path: Path
     assert torch.equal(other(ids(again)), module(ids(again)))
 
 
-@pytest.mark.parametrize("folder", ["bert"], indirect=True)
-def test_what_a_stored_architecture_names_is_neither_fetched_nor_run(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def saved(folder: Path, tmp_path: Path) -> Path:
+    """What a checkpoint keeps of a tower."""
     preprocessor, _ = built(tower(folder))
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    preprocessor.save(saved)
-    described = json.loads((saved / CONFIG).read_text())
-    hostile = {
-        "auto_map": {"AutoModel": "evil--evil.Model", "AutoConfig": "evil--evil.Config"},
-        "attn_implementation": "someone/kernel",
-        "_attn_implementation": "someone/kernel",
-        "_attn_implementation_internal": "someone/kernel",
-        "quantization_config": {"quant_method": "bitsandbytes"},
-        "text_config": {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"},
-        "name_or_path": "someone/else",
-    }
-    (saved / CONFIG).write_text(json.dumps({**described, **hostile}))
+    place = tmp_path / "saved"
+    place.mkdir()
+    preprocessor.save(place)
+    return place
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+def test_of_a_stored_architecture_only_its_familys_own_plain_fields_are_read(folder: Path, saved: Path) -> None:
+    rewrite(
+        saved / CONFIG,
+        auto_map={"AutoModel": "evil--evil.Model", "AutoConfig": "evil--evil.Config"},
+        attn_implementation="someone/kernel",
+        _attn_implementation="someone/kernel",
+        _attn_implementation_internal="someone/kernel",
+        quantization_config={"quant_method": "bitsandbytes"},
+        text_config={"attn_implementation": "someone/kernel"},
+        backbone="evil/backbone",
+        name_or_path="someone/else",
+        dtype="bfloat16",
+        torch_dtype="float16",
+    )
     _, module = built(tower(folder), saved)
     assert module.net.config._attn_implementation == "sdpa"
-    assert module.net.config.text_config == {}
-    (saved / CONFIG).write_text(json.dumps({"model_type": "../evil"}))
-    with pytest.raises(ValueError, match="is not known to transformers"):
+    assert module.net.config.name_or_path == ""
+    for name in ("text_config", "auto_map", "quantization_config", "backbone"):
+        assert not hasattr(module.net.config, name)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "holds no values by name"),
+        ("", "not sound JSON"),
+        ("[" * 100_000, "not sound JSON"),
+        ("{}", "model_type None is none of the text encoders known here"),
+        ('{"model_type": ["bert"]}', "is none of the text encoders known here"),
+        ('{"model_type": "../evil"}', "is none of the text encoders known here"),
+        ('{"model_type": "vit"}', "model_type 'vit' is none of"),
+        ('{"model_type": "timm_wrapper", "architecture": "hf-hub:evil/x"}', "'timm_wrapper' is none of"),
+        ('{"model_type": "detr", "backbone": "evil/x", "use_timm_backbone": true}', "'detr' is none of"),
+        ('{"model_type": "dpt", "backbone": "evil/x"}', "'dpt' is none of"),
+        ('{"model_type": "maskformer", "backbone": "/etc"}', "'maskformer' is none of"),
+        ('{"model_type": "bert", "hidden_size": {"evil": 1}}', "hidden_size is not a plain value"),
+        ('{"model_type": "bert", "num_hidden_layers": 1000000000000}', "number above 10,000,000"),
+        ('{"model_type": "bert", "hidden_act": "evil"}', "no network that can be built"),
+        ('{"model_type": "bert", "hidden_size": "32"}', "no network that can be built"),
+        ('{"model_type": "bert", "hidden_size": -1}', "no network that can be built"),
+        ('{"model_type": "bert", "num_attention_heads": 0}', "no network that can be built"),
+        ('{"model_type": "bert", "num_attention_heads": 7}', "no network that can be built"),
+    ],
+)
+def test_a_damaged_architecture_is_refused_by_the_name_of_its_file(
+    folder: Path, saved: Path, text: str, message: str
+) -> None:
+    (saved / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=rf"saved/architecture\.json.*{message}"):
         built(tower(folder), saved)
-    (saved / CONFIG).unlink()
-    with pytest.raises(FileNotFoundError):
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clean": "evil"}, "clean: "),
+        ({"vocab_size": "x"}, "vocab_size: "),
+        ({"vocab_size": 1}, "the vocabulary has 18 ids, told are 1"),
+        ({"vocab_size": 10**13}, "the vocabulary has 18 ids"),
+        ({"pad": 10**9}, "1000000000 for padding"),
+        ({"pad": -5}, "pad: "),
+        ({"pad": "x"}, "pad: "),
+        ({"sep": -1}, "sep: "),
+        ({"strip_sep": 1}, "strip_sep: "),
+        ({"more": 1}, "more: unknown key"),
+    ],
+)
+def test_damaged_facts_of_a_tokenizer_are_refused_by_the_name_of_their_file(
+    folder: Path, saved: Path, changes: dict[str, Any], message: str
+) -> None:
+    rewrite(saved / FACTS, **changes)
+    with pytest.raises(ValueError, match=rf"saved/tokenizer_facts\.json.*{message}"):
         built(tower(folder), saved)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+@pytest.mark.parametrize("text", ["{}", "", "[]", "[" * 100_000, '{"model": {"type": "BPE"}}'])
+def test_a_damaged_vocabulary_is_refused_by_the_name_of_its_file(folder: Path, saved: Path, text: str) -> None:
+    (saved / VOCABULARY).write_text(text)
+    with pytest.raises(ValueError, match=r"saved/tokenizer\.json is not a sound vocabulary"):
+        built(tower(folder), saved)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+@pytest.mark.parametrize("name", [CONFIG, FACTS, VOCABULARY])
+def test_what_is_missing_of_a_saved_tower_is_named(folder: Path, saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        built(tower(folder), saved)
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_weights_are_float32_whatever_the_hub_says(folder: Path, tmp_path: Path, pretrained: bool) -> None:
+    _, module = built(tower(folder))
+    module.bfloat16().net.save_pretrained(folder)
+    rewrite(folder / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    part = tower(folder, pretrained=pretrained)
+    preprocessor = part.preprocessor(no_captions, Keep(), None)
+    fresh = part.build(preprocessor, 24)
+    assert {p.dtype for p in fresh.parameters()} == {torch.float32}
+    (tmp_path / "kept").mkdir()
+    preprocessor.save(tmp_path / "kept")
+    assert "dtype" not in (tmp_path / "kept" / CONFIG).read_text()
+
+
+@pytest.mark.parametrize("folder", ["bert"], indirect=True)
+def test_a_stripped_end_is_no_end(folder: Path) -> None:
+    """What stands for it may be padding, or the start of every text: pool=end would read a wrong place."""
+    knobs = {"vocab_size": 30, "width": 16, "layers": 1, "heads": 1, "mlp_ratio": 2.0, "context_length": 12}
+    for strip in (False, True):
+        tokenizer = HFTokenizer(name=str(folder), clean="whitespace", strip_sep=strip)
+        part = TextTransformer(**knobs, tokenizer=tokenizer)
+        preprocessor = part.preprocessor(no_captions, Keep(), None)
+        assert (preprocessor.encoding.end is None) == strip
+        if strip:
+            with pytest.raises(ValueError, match="pool=end needs a tokenizer that marks the end"):
+                part.build(preprocessor, 16)
 
 
 @pytest.mark.parametrize("folder", ["bert", "roberta", "gpt2"], indirect=True)
@@ -228,12 +339,11 @@ def test_a_tokenizer_larger_than_the_table_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["bert"], indirect=True)
-def test_a_name_that_cannot_be_had_is_told_with_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"tokenizer\.name: 'nobody/nothing'.* works without a network"):
+def test_a_name_that_cannot_be_had_is_told_with_what_to_do(folder: Path) -> None:
+    with offline(), pytest.raises(ValueError, match=r"tokenizer\.name: 'nobody/nothing'.* works without a network"):
         built(tower(Path("nobody/nothing")))
     tokenizer = HFTokenizer(name=str(folder), clean="none", strip_sep=False)
-    with pytest.raises(ValueError, match=r"name: 'nobody/nothing'.* works without a network"):
+    with offline(), pytest.raises(ValueError, match=r"name: 'nobody/nothing'.* works without a network"):
         built(tower(Path("nobody/nothing"), tokenizer=tokenizer))
 
 

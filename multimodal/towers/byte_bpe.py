@@ -12,9 +12,15 @@ from torch import Tensor
 from multimodal import distributed
 from multimodal.parts import Tokenizer
 from multimodal.towers.clean import Clean, cleaner
+from multimodal.towers.kept import num_ids, read_vocabulary
 
 FILE = "tokenizer.json"
 PAD, START, END = "<pad>", "<start_of_text>", "<end_of_text>"
+
+
+def _marks(vocab_size: int) -> list[int]:
+    """The ids of padding, start and end."""
+    return [0, vocab_size - 2, vocab_size - 1]
 
 
 class _Encoding:
@@ -23,9 +29,8 @@ class _Encoding:
     def __init__(self, vocabulary: Vocabulary, clean: Clean) -> None:
         self.vocabulary, self.clean = vocabulary, cleaner(clean)
         vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
-        self.vocab_size = vocabulary.get_vocab_size()
-        self.end: int = self.vocab_size - 1
-        self.start: int = self.end - 1
+        self.vocab_size = num_ids(vocabulary)
+        _, self.start, self.end = _marks(self.vocab_size)
 
     def __call__(self, text: str) -> list[int]:
         return [self.start, *self.vocabulary.encode(self.clean(text)).ids, self.end]
@@ -74,7 +79,12 @@ class ByteBPE(Tokenizer):
 
     def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> _Encoding:
         if saved is not None:
-            return _Encoding(Vocabulary.from_file(str(saved / FILE)), self.clean)
+            vocabulary = read_vocabulary(saved / FILE)
+            if [vocabulary.token_to_id(mark) for mark in (PAD, START, END)] != _marks(num_ids(vocabulary)):
+                raise ValueError(
+                    f"{saved / FILE} is no vocabulary of ours: {PAD}, {START}, {END} are not first and last"
+                )
+            return _Encoding(vocabulary, self.clean)
 
         def learn() -> str:
             cleaned = map(cleaner(self.clean), islice(captions(), self.max_captions))

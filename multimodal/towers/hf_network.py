@@ -1,78 +1,111 @@
-"""Networks of transformers, made from data alone: none of a repository's own code is run."""
+"""Networks of transformers, made from data alone: none of a repository's own code is run, and nothing is fetched."""
 
 import json
+from dataclasses import fields
 from typing import Any
 
-from torch import nn
+import torch
 
-NOT_DATA = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config", "custom_pipelines")
-"""Entries of a Hugging Face configuration that can make it fetch or run something."""
-WIDTHS = ("hidden_size", "d_model", "dim")
-"""What configurations call the width of their network."""
+from multimodal.parts import did_you_mean
+
+FAMILIES = (
+    *("albert", "bart", "bert", "camembert", "clip_text_model", "data2vec-text", "deberta", "deberta-v2"),
+    *("distilbert", "electra", "ernie", "gpt2", "llama", "m2m_100", "mbart", "mistral", "modernbert", "mpnet", "mt5"),
+    *("qwen2", "qwen3", "rembert", "roberta", "roberta-prelayernorm", "t5", "umt5", "xlm", "xlm-roberta"),
+    "xlm-roberta-xl",
+)
+"""Values of `model_type` that a text tower may have, for each of which the tests hold what towers promise.
+
+Others are refused: the configurations of some make transformers fetch a second network or read a folder.
+"""
+MORE_FIELDS = {
+    "deberta": {"talking_head"},
+    "deberta-v2": {"attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "norm_rel_ebd"}
+    | {"position_buckets", "share_att_key"},
+}
+"""What families read of their configurations without declaring it."""
+NESTED = "rope_parameters"
+"""The one field that may hold values by name."""
+LARGEST = 10**7
+"""Whole numbers in a configuration are not above it; some are the length of a list that is made at once."""
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The configuration of a network on the hub, or in a local folder; ValueError if there is none."""
-    from transformers import AutoConfig
+    """What makes the network on the hub, or in a local folder, as plain data; ValueError if it is no text encoder."""
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        known = raw.get("model_type") in (None, *FAMILIES)  # by its name, where it is an old one that does not tell
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False) if known else None
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise ValueError(
             f"name: '{name}' is no local folder and cannot be had from the hub ({reason}); "
             "a folder with config.json works without a network"
         ) from None
-    described: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return described
+    described = raw if config is None else json.loads(config.to_json_string(use_diff=False))
+    return plain(described, f"name: '{name}'")
+
+
+def plain(
+    architecture: dict[str, Any],
+    origin: str,  # for messages
+) -> dict[str, Any]:
+    """A description without all that is not a plain field of its family's own; ValueError if it is of no such family.
+
+    What goes is what all configurations share: dtype, names of classes and repositories, how attention is computed.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    kind = architecture.get("model_type")
+    if kind not in FAMILIES:
+        hint = did_you_mean(str(kind), FAMILIES)
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{origin}: model_type {kind!r} is none of the text encoders known here ({known}).{hint}")
+    own = {field.name for field in fields(CONFIG_MAPPING[kind])} - {field.name for field in fields(PreTrainedConfig)}
+    own |= MORE_FIELDS.get(kind, set())
+    kept = {key: value for key, value in architecture.items() if key in own}
+    for key, value in kept.items():
+        if not _is_plain(value, nested=key == NESTED):
+            raise ValueError(f"{origin}: {key} is not a plain value, or a number above {LARGEST:,}")
+    return {"model_type": kind, **kept}
+
+
+def _is_plain(value: Any, nested: bool) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(item, nested=False) for item in value)
+    if isinstance(value, dict):
+        return nested and all(_is_plain(item, nested) for item in value.values())
+    return value is None or isinstance(value, (str, float)) or (isinstance(value, int) and value <= LARGEST)
 
 
 def build(
     name: str,
-    architecture: dict[str, Any],  # as described, or kept in a checkpoint
+    architecture: dict[str, Any],  # plain
     pretrained: bool,
+    origin: str,  # for messages
 ) -> tuple[Any, int]:
-    """The encoder, and its width; ValueError if it is none of text, or its weights cannot be had."""
-    from transformers import MODEL_MAPPING, AutoModel
+    """The encoder in float32, and its width; ValueError if it cannot be built, or its weights cannot be had."""
+    from transformers import CONFIG_MAPPING, AutoModel
 
-    config = _plain_config(architecture)
-    if type(config) not in MODEL_MAPPING:
-        raise ValueError(f"name: '{name}' is of model_type {config.model_type}, which AutoModel of transformers is not")
-    width = next((int(getattr(config, key)) for key in WIDTHS if hasattr(config, key)), None)
-    if width is None:
-        raise ValueError(
-            f"name: '{name}', of model_type {config.model_type}, is no encoder of text by itself: its configuration "
-            f"has none of {', '.join(WIDTHS)}"
-        )
+    try:
+        values = {key: value for key, value in architecture.items() if key != "model_type"}
+        config = CONFIG_MAPPING[architecture["model_type"]](**values)
+        net: Any = None if pretrained else AutoModel.from_config(config, dtype=torch.float32)
+    except Exception as error:  # of all kinds: whatever its numbers and names lead to
+        raise ValueError(f"{origin} describes no network that can be built: {_first_line(error)}") from None
     if pretrained:
         try:
-            net: Any = AutoModel.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True)
+            net = AutoModel.from_pretrained(
+                name, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = _first_line(error)
             raise ValueError(f"pretrained: no safetensors weights of '{name}' can be had ({reason})") from None
-    else:
-        net = AutoModel.from_config(config, trust_remote_code=False)
-    net = net.encoder if getattr(config, "is_encoder_decoder", False) else net
-    if not isinstance(net.get_input_embeddings(), nn.Embedding):
-        raise ValueError(f"name: '{name}' is no encoder of text: it has no table of tokens")
-    return net, width
+    return net.encoder if config.is_encoder_decoder else net, config.hidden_size
 
 
-def _plain_config(architecture: dict[str, Any]) -> Any:
-    """The configuration without what could make transformers fetch or run something."""
-    from transformers import AutoConfig
-
-    kept = _plain(architecture)
-    kind = kept.pop("model_type", None)
-    if not isinstance(kind, str):
-        raise ValueError("the stored architecture of the text tower has no model_type")
-    try:
-        return AutoConfig.for_model(kind, **kept)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"the stored architecture of the text tower is not known to transformers: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _plain(item) for key, item in value.items() if key not in NOT_DATA and not key.startswith("_")}
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

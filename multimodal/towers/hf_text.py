@@ -1,4 +1,4 @@
-"""Any text encoder of Hugging Face, by name or from a local folder."""
+"""Text encoders of Hugging Face, by name or from a local folder."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from multimodal.parts import Augment, Operational
 from multimodal.towers import hf_network
 from multimodal.towers.hf_tokenizer import HFTokenizer
+from multimodal.towers.kept import read_mapping
 from multimodal.towers.projection import Projection, projection
 from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
 
@@ -23,9 +24,9 @@ Pool = Literal["mean", "max", "cls", "pooler", "last"]
 class HFTextPreprocessor(TextPreprocessor):
     """Also keeps the architecture, so that a checkpoint is opened without the hub."""
 
-    def __init__(self, text: TextPreprocessor, architecture: dict[str, Any], saved: bool) -> None:
+    def __init__(self, text: TextPreprocessor, architecture: dict[str, Any], origin: str) -> None:
         super().__init__(text.encoding, text.context_length, text.too_long)
-        self.architecture, self.saved = architecture, saved
+        self.architecture, self.origin = architecture, origin
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -109,7 +110,10 @@ def _outer_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 
 class HFText(TextTower):
-    """A Hugging Face encoder (BERT, RoBERTa, the encoder of T5, ...); none of its repository's own code is run."""
+    """A Hugging Face encoder (BERT, RoBERTa, the encoder of T5, ...: `hf_network.FAMILIES`), in float32.
+
+    None of its repository's own code is run.
+    """
 
     name: str = Field(min_length=1)
     """On the hub, or a local folder with config.json."""
@@ -130,23 +134,21 @@ class HFText(TextTower):
             tokenizer = tokenizer.model_copy(update={"name": self.name})
         text = TextPreprocessor(tokenizer.build(captions, saved), self.context_length, self.too_long)
         if saved is not None:
-            return HFTextPreprocessor(text, json.loads((saved / CONFIG).read_text()), saved=True)
-        return HFTextPreprocessor(text, hf_network.describe(self.name), saved=False)
+            origin = str(saved / CONFIG)
+            return HFTextPreprocessor(text, hf_network.plain(read_mapping(saved / CONFIG), origin), origin)
+        return HFTextPreprocessor(text, hf_network.describe(self.name), f"name: '{self.name}'")
 
-    def build(self, preprocessor: HFTextPreprocessor, embed_dim: int) -> HFTextEncoder:
+    def build(self, preprocessor: HFTextPreprocessor, embed_dim: int, saved: bool = False) -> HFTextEncoder:
         encoding = preprocessor.encoding
-        pretrained = self.pretrained and not preprocessor.saved
-        net, width = hf_network.build(self.name, preprocessor.architecture, pretrained)
+        pretrained = self.pretrained and not saved
+        net, width = hf_network.build(self.name, preprocessor.architecture, pretrained, preprocessor.origin)
         self._check(net, encoding)
         if self.pool != "pooler" and getattr(net, "pooler", None) is not None:
             net.pooler = None  # it would have no gradient
         made = projection(self.projection, width, embed_dim)
-        module = HFTextEncoder(net, made, width, self.pool, encoding.pad, encoding.end == encoding.pad)
-        if not _ignores_padding(module, preprocessor):
-            raise ValueError(f"name: in {self.name} padding changes the features of a text, so it cannot be a tower")
         if self.grad_checkpointing:
             net.gradient_checkpointing_enable()
-        return module.train()
+        return HFTextEncoder(net, made, width, self.pool, encoding.pad, encoding.end == encoding.pad).train()
 
     def _check(self, net: Any, encoding: Any) -> None:
         rows = net.get_input_embeddings().num_embeddings
@@ -163,17 +165,3 @@ class HFText(TextTower):
             raise ValueError("pool=cls needs a tokenizer that starts texts with a class token: pool=mean or last")
         if self.pool == "pooler" and getattr(net, "pooler", None) is None:
             raise ValueError(f"pool=pooler: {self.name} has no pooler: pool=cls or mean")
-
-
-@torch.no_grad()
-def _ignores_padding(module: HFTextEncoder, preprocessor: HFTextPreprocessor) -> bool:
-    """Whether a text has the same features however far it is padded, and with what: networks may not heed masks."""
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return True
-    module.eval()
-    padded = preprocessor("a", None)[None]
-    mask = module.mask(padded)
-    short = module(padded[:, : int(mask.sum())])
-    other = torch.where(mask, padded, padded[:, :1])
-    long = module.features(torch.cat([padded, other]), mask.expand(2, -1))
-    return torch.allclose(short, long, rtol=0, atol=1e-3 * short.abs().max().item())

@@ -39,7 +39,7 @@ class ResNet(ImageTower):
         if self.width * 32 % self.heads:
             yield "heads", f"{self.heads} does not divide 32 times width={self.width}"
 
-    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ResNetEncoder:
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int, saved: bool = False) -> ResNetEncoder:
         from open_clip.modified_resnet import ModifiedResNet
 
         net = ModifiedResNet(list(self.layers), embed_dim, self.heads, self.image_size, self.width)

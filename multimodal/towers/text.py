@@ -30,7 +30,8 @@ class TextPreprocessor:
             if self.too_long == "refuse":
                 raise BadSample(f"caption of {len(ids)} tokens, more than context_length={context}: {value[:60]!r}")
             self.num_truncated += 1
-            ids = ids[:context] if self.encoding.end is None else [*ids[: context - 1], ids[-1]]
+            marked = ids[-1:] == self.encoding("")[-1:]
+            ids = [*ids[: context - 1], ids[-1]] if marked else ids[:context]
         padded = torch.full((context,), self.encoding.pad)
         padded[: len(ids)] = torch.tensor(ids)
         return padded

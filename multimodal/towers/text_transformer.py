@@ -66,7 +66,7 @@ class TextTransformer(TextTower):
         if self.pool == "last" and self.mask_padding:
             yield "pool", "last may be padding, which mask_padding hides: pool=end or first"
 
-    def build(self, preprocessor: TextPreprocessor, embed_dim: int) -> TextTransformerEncoder:
+    def build(self, preprocessor: TextPreprocessor, embed_dim: int, saved: bool = False) -> TextTransformerEncoder:
         encoding = preprocessor.encoding
         rows = self.vocab_size or encoding.vocab_size
         if encoding.vocab_size > rows:

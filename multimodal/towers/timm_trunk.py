@@ -1,16 +1,18 @@
 """Any image network of timm, with the head that open_clip puts on it."""
 
+import math
+import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from multimodal import distributed
 from multimodal.parts import Operational, did_you_mean
 from multimodal.towers.batch_norm import GlobalBatchNorm2d, normalise_globally
-from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
+from multimodal.towers.images import Colour, ImageEncoder, ImagePreprocessor, ImageTower
 from multimodal.towers.projection import check_width
 
 
@@ -21,10 +23,27 @@ class TimmEncoder(ImageEncoder):
         from timm.models._manipulate import group_parameters
 
         trunk = self.net.trunk
-        groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
+        if not hasattr(trunk, "group_matcher"):
+            return [list(self.net.parameters())]
+        groups = group_parameters(trunk, _with_what_follows(trunk.group_matcher(coarse=False)))
         found = [[trunk.get_parameter(name) for name in groups[depth]] for depth in sorted(groups)]
         found[-1] += self.net.head.parameters()
         return found
+
+
+def _with_what_follows(matcher: Any) -> Any:
+    """How timm sorts parameters by depth, but that what it leaves over (the head) is with the last block."""
+    from timm.models._manipulate import MATCH_PREV_GROUP
+
+    if isinstance(matcher, dict):
+        return {**matcher, "what follows": [("", MATCH_PREV_GROUP)]}
+
+    def depth(name: str) -> tuple[float, ...]:
+        found = matcher(name)
+        ordinal = tuple(found) if isinstance(found, Iterable) else (found,)
+        return (*ordinal, *MATCH_PREV_GROUP) if ordinal == (math.inf,) else ordinal
+
+    return depth
 
 
 class TimmTrunk(ImageTower):
@@ -34,6 +53,10 @@ class TimmTrunk(ImageTower):
     activation inside are refused on several ranks.
     """
 
+    mean: Colour
+    """Subtracted from pixels in 0 to 1, per channel; null for what the network's own weights want."""
+    std: Colour
+    """Divides pixels after that, per channel; null likewise."""
     name: str = Field(min_length=1)
     """Of timm, such as convnext_tiny or vit_base_patch16_siglip_224."""
     pretrained: bool
@@ -52,28 +75,62 @@ class TimmTrunk(ImageTower):
     grad_checkpointing: Operational[bool] = False
     """Compute blocks a second time in the backward pass instead of keeping what they made: slower, with less memory."""
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.projection == "head" and self.pool == "default":
-            yield "pool", "projection=head needs one by name, such as avg or token"
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_networks_own_colours(cls, value: Any) -> Any:
+        """Where mean or std is null, so that a run's configuration says what they were."""
+        if not isinstance(value, Mapping):
+            return value
+        missing = [knob for knob in ("mean", "std") if knob in value and value[knob] is None]
+        if not missing or not isinstance(value.get("name"), str):
+            return value
+        from timm.models import get_pretrained_cfg
 
-    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> TimmEncoder:
-        net = self._net(embed_dim)
+        own = get_pretrained_cfg(value["name"])
+        return value if own is None else {**value, **{knob: getattr(own, knob) for knob in missing}}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not re.fullmatch(r"\w+(\.\w+)?", self.name):  # timm reads hf-hub:NAME and local-dir:FOLDER too
+            yield "name", f"'{self.name}' is not one of timm's names, such as convnext_tiny"
+        if self.projection in ("head", "none") and self.pool == "default":
+            yield "pool", f"projection={self.projection} needs one by name, such as avg or token"
+
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int, saved: bool = False) -> TimmEncoder:
+        net = self._net(embed_dim, self.pretrained and not saved)
         trunk = net.trunk
         if self.grad_checkpointing:
             trunk.set_grad_checkpointing(True)
         normalise_globally(trunk)
-        if distributed.world_size() > 1 and any(
-            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d)
-            for module in trunk.modules()
-        ):
-            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
+        self._check_modules(trunk)
         pool = net.head._modules.pop("pool", None)
         projection, net.head = net.head, nn.Sequential(OrderedDict(pool=pool) if pool else OrderedDict())
-        width = embed_dim if self.projection == "head" or pool else trunk.num_features
+        own = getattr(trunk, "head_hidden_size", trunk.num_features)
+        if own != trunk.num_features and (pool or self.projection in ("linear", "mlp")):
+            raise ValueError(
+                f"projection: {self.name} gives {own} features and open_clip puts a head for {trunk.num_features} on "
+                "it: projection=head, with pool=avg"
+            )
+        width = embed_dim if self.projection == "head" or pool else own
         check_width(self.projection, width, embed_dim)
         return TimmEncoder(net, projection, width, self.mean, self.std)
 
-    def _net(self, embed_dim: int) -> Any:
+    def _check_modules(self, trunk: nn.Module) -> None:
+        modules = list(trunk.modules())
+        if distributed.world_size() > 1 and any(
+            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d) for module in modules
+        ):
+            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
+        if (
+            self.grad_checkpointing
+            and (self.tuning.frozen != "none" or self.tuning.frozen_names)
+            and any(hasattr(module, "attention_bias_cache") for module in modules)
+        ):
+            raise ValueError(
+                f"grad_checkpointing: frozen blocks of {self.name} keep their attention biases and so cannot be "
+                "computed again: grad_checkpointing=false"
+            )
+
+    def _net(self, embed_dim: int, pretrained: bool) -> Any:
         import timm
         from open_clip.timm_model import TimmModel
 
@@ -89,12 +146,12 @@ class TimmTrunk(ImageTower):
                 drop=self.drop,
                 drop_path=self.drop_path,
                 patch_drop=self.patch_dropout or None,
-                pretrained=self.pretrained,
+                pretrained=pretrained,
             )
-        except (TypeError, AssertionError) as error:
+        except (TypeError, AssertionError, AttributeError) as error:
             raise ValueError(self._cannot_be_built(error)) from None
         except (OSError, RuntimeError) as error:
-            if not self.pretrained:
+            if not pretrained:
                 raise ValueError(self._cannot_be_built(error)) from None
             raise ValueError(
                 f"pretrained: the weights of {self.name} cannot be had ({error}); without a network, "

@@ -64,7 +64,7 @@ class ViT(ImageTower):
         if self.width % self.heads:
             yield "heads", f"{self.heads} does not divide width={self.width}"
 
-    def build(self, preprocessor: ImagePreprocessor, embed_dim: int) -> ViTEncoder:
+    def build(self, preprocessor: ImagePreprocessor, embed_dim: int, saved: bool = False) -> ViTEncoder:
         if self.pool == "attn" and embed_dim % self.pool_heads:
             raise ValueError(f"pool_heads {self.pool_heads} does not divide model.embed_dim={embed_dim}")
         width = embed_dim if self.pool == "attn" else self.width
