@@ -113,10 +113,13 @@ def write_figures(name: str, report: Report, folder: Path) -> Iterator[tuple[str
         yield figure, path
 
 
-def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> Assembled:
-    """Readers and model: new ones, which learn their vocabulary from `source`, or as in the `saved` checkpoint.
+def assemble(
+    config: TrainConfig, source: Source | None, saved: Path | None, started_from: Path | None = None
+) -> Assembled:
+    """Readers and model: new ones, or as in the `saved` checkpoint.
 
-    Weights are initialised from the seed; loading them is the caller's.
+    New ones learn their vocabulary from `source`, or have that of the checkpoint that they are `started_from`, whose
+    weights know no other. Weights are initialised from the seed; loading them is the caller's.
     """
     device = device_of(config.device)
     problems = Problems()
@@ -127,7 +130,7 @@ def assemble(config: TrainConfig, source: Source | None, saved: Path | None) -> 
         return chain.from_iterable(source.captions(index) for index in range(len(source)))
 
     torch.manual_seed(config.seed)
-    readers, model = build(config.towers, config.model, config.augment, captions, saved)
+    readers, model = build(config.towers, config.model, config.augment, captions, saved, started_from)
     for name, tower in config.towers.items():
         with problems.at(f"towers.{name}.tuning"):
             model.freeze({name: tower.tuning})
@@ -142,12 +145,14 @@ def build(
     augment: Augment,
     captions: Callable[[], Iterable[str]],
     saved: Path | None,
+    started_from: Path | None = None,
 ) -> tuple[dict[str, Reader], Model]:
     """The readers and the model of some towers; ConfigError with all that does not fit."""
     problems, readers, preprocessors = Problems(), {}, {}
     for name, tower in towers.items():
         with problems.at(f"towers.{name}"):
-            preprocessors[name] = tower.preprocessor(captions, augment, saved / name if saved else None)
+            known = saved or (started_from if tower.learns and _has_learnt(started_from, name) else None)
+            preprocessors[name] = tower.preprocessor(captions, augment, known / name if known else None)
             readers[name] = Reader(tower.reads, preprocessors[name])
 
     def model() -> Model:
@@ -164,6 +169,11 @@ def build(
         with checkpoint.outlined(saved) as check_weights:
             check_weights(model())
         return readers, model()
+
+
+def _has_learnt(checkpoint_folder: Path | None, tower: str) -> bool:
+    folder = None if checkpoint_folder is None else checkpoint_folder / tower
+    return folder is not None and folder.is_dir() and any(folder.iterdir())
 
 
 def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:

@@ -150,6 +150,11 @@ class Tower(Part):
     tuning: Tuning = Tuning()
     """What of it is trained, and at which rate."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether its preprocessor learns something from the captions, without which its weights mean nothing."""
+        return False
+
     @abstractmethod
     def preprocessor(self, captions: Callable[[], Iterable[str]], augment: Augment, saved: Path | None) -> Preprocessor:
         """Made for a new run from the training `captions`, or as it was `saved` in a checkpoint's folder."""
@@ -188,6 +193,9 @@ class Encoding(Protocol):
 
 class Tokenizer(Part):
     """How a text tower cuts captions into tokens."""
+
+    learns: ClassVar[bool] = False
+    """Whether its vocabulary is learnt from the captions."""
 
     @abstractmethod
     def build(self, captions: Callable[[], Iterable[str]], saved: Path | None) -> Encoding:

@@ -36,7 +36,7 @@ from multimodal.data.order import Batches
 from multimodal.evals import figures
 from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
-from multimodal.interop.weights import initialise
+from multimodal.interop.weights import checkpoint_of, initialise
 from multimodal.kept_features import check_kept_features, keep_features
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
@@ -141,7 +141,12 @@ class Trainer:
         problems.report()
         assert source is not None
         self.source = source
-        self.assembled = assemble(config, source, last)
+        started_from = None
+        if last is None and config.init.weights is not None:
+            with problems.at("init.weights"):
+                started_from = checkpoint_of(config.init.weights, Path(config.paths.runs))
+            problems.report()
+        self.assembled = assemble(config, source, last, started_from)
         self.model = self.assembled.model
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
         with problems.at("towers"):

@@ -294,6 +294,21 @@ def test_a_run_starts_from_another_one(tiny_config: TinyConfig) -> None:
     assert not (config.folder / "init.json").exists()
 
 
+def test_a_learnt_vocabulary_comes_along_with_the_weights(tiny_config: TinyConfig) -> None:
+    config = tiny_config("towers.text.tokenizer.vocab_size=320")
+    Trainer(config).run()
+    learnt = (checkpoint.find(config.folder) / "text" / "tokenizer.json").read_text()
+    for source in ("tiny", str(checkpoint.find(config.folder))):
+        others = ("dataset.seed=7", "towers.text.tokenizer.vocab_size=310", f"init.weights={source}", "run.fresh=true")
+        started = tiny_config("run.name=second", *others)
+        Trainer(started).run()
+        assert (checkpoint.find(started.folder) / "text" / "tokenizer.json").read_text() == learnt
+        assert not json.loads((started.folder / "init.json").read_text())["mismatched"]
+    alone = tiny_config("run.name=third", "dataset.seed=7", "towers.text.tokenizer.vocab_size=310")
+    Trainer(alone).run()
+    assert (checkpoint.find(alone.folder) / "text" / "tokenizer.json").read_text() != learnt
+
+
 def test_weights_that_cannot_be_found_are_a_problem_of_the_configuration(tiny_config: TinyConfig) -> None:
     with pytest.raises(ConfigError, match=r"init\.weights: there is no file or folder 'nowhere'"):
         Trainer(tiny_config("init.weights=nowhere")).run()

@@ -136,6 +136,15 @@ def locate(source: str, runs: Path) -> Path:
     )
 
 
+def checkpoint_of(source: str, runs: Path) -> Path | None:
+    """The checkpoint of ours that a source names, if it is one: what its towers have learnt of captions goes along."""
+    if source.startswith(SCHEME):
+        return None
+    path = locate(source, runs)
+    folder = checkpoint.find(path) if path.is_dir() and checkpoint.steps(path) else path
+    return folder if (folder / "state.json").is_file() else None
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 

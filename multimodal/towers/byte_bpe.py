@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -68,6 +69,8 @@ def train(captions: Iterable[str], vocab_size: int) -> Vocabulary:
 
 class ByteBPE(Tokenizer):
     """Byte-pair encoding learnt from the training captions, kept with the checkpoint."""
+
+    learns: ClassVar[bool] = True
 
     vocab_size: int = Field(ge=300)
     """Most tokens there may be, the 256 bytes and 3 special ones included; fewer if the captions have no more pairs."""

@@ -64,6 +64,10 @@ class TextTower(Tower, ABC):
     too_long: TooLong = "truncate"
     """What becomes of longer captions: cut, keeping the end token, and counted; or refused, as broken samples are."""
 
+    @property
+    def learns(self) -> bool:
+        return self.tokenizer.learns
+
     def preprocessor(
         self, captions: Callable[[], Iterable[str]], augment: Augment, saved: Path | None
     ) -> TextPreprocessor:
