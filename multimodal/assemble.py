@@ -16,6 +16,7 @@ from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
 from multimodal.offline import offline
+from multimodal.outline import outlined
 from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.step import native_precision
@@ -166,7 +167,7 @@ def build(
     if saved is None:
         return readers, model()
     with offline():
-        with checkpoint.outlined(saved) as check_weights:
+        with outlined(saved) as check_weights:
             check_weights(model())
         return readers, model()
 

@@ -7,8 +7,7 @@ preprocessors have learnt; `checkpoints/best` points to the best of them.
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from multimodal.data.loader import Reader
 from multimodal.model import Model
 
 FOLDER, BEST = "checkpoints", "best"
+Shape = tuple[int, ...]
+
 WEIGHTS = "model.safetensors"
 UNSOUND = (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError)
 """What reading a safetensors file that is none ends in."""
-SPARE = 4
-"""Networks make so many times their parameters at most, and drop some (a decoder, a classifier)."""
-UNKEPT = 2**30
-"""Bytes that networks may hold beside their weights (a mask), beyond as many as the weights have."""
 RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
 """Endings of files that may hold code."""
 
@@ -197,51 +193,22 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 def load_model(folder: Path, model: Model) -> None:
     """Fill the model's parameters and buffers; every one of them, and nothing else, must be there."""
     tensors = load_tensors(folder / WEIGHTS)
-    _require_same(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
+    require_same(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
     model.load_state_dict(tensors)
 
 
-@contextmanager
-def outlined(folder: Path) -> Iterator[Callable[[Model], None]]:
-    """Modules that are built inside take no memory; what is given then holds their model against the stored weights.
-
-    So a configuration that asks for much more than its weights are is refused for the price of reading their names.
-    ValueError if a model is not the stored one, or has so many parameters that it cannot be.
-    """
+def stored_shapes(folder: Path) -> dict[str, Shape]:
+    """The shapes of the weights by name, of which none is read."""
     file = folder / WEIGHTS
     try:
         with safe_open(file, "pt") as opened:
-            stored = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except UNSOUND as error:
         raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
-    count, most = 0, SPARE * len(stored) + 1000
-
-    def registered(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
-            raise ValueError(f"{file} does not hold the weights of its config.yaml: {len(stored)} are far too few")
-
-    hook = register_module_parameter_registration_hook(registered)
-
-    def check(model: Model) -> None:
-        _require_same(file, stored, model)
-        kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-        unkept = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in kept)
-        if unkept > file.stat().st_size + UNKEPT:
-            raise ValueError(f"{folder / 'config.yaml'} asks for {unkept:,} bytes beside the weights in {file}")
-
-    try:
-        with torch.device("meta"):
-            yield check
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # of sizes that torch cannot even name
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"{folder / 'config.yaml'} describes no model that can be built: {why}") from None
-    finally:
-        hook.remove()
 
 
-def _require_same(file: Path, stored: Mapping[str, tuple[int, ...]], model: Model) -> None:
+def require_same(file: Path, stored: Mapping[str, Shape], model: Model) -> None:
+    """ValueError if the model does not have what is stored, and nothing else."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if stored != wanted:
         missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())

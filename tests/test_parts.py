@@ -241,6 +241,29 @@ def test_without_the_announcement_it_is_refused(elsewhere: Path, monkeypatch: py
     assert "its_parts" not in sys.modules
 
 
+def test_a_package_inside_another_opens_itself_alone(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a namespace that several share, or of a package whose other parts are not announced."""
+    space = elsewhere / "shared_space"
+    space.mkdir()
+    (elsewhere / "its_parts").rename(space / "its_parts")
+    (space / "others.py").write_text(SOFTER)
+    (space / "its_parts_too.py").write_text(SOFTER)
+    for path in elsewhere.glob("*.dist-info/entry_points.txt"):
+        path.write_text("[multimodal.parts]\nits_parts = shared_space.its_parts\n")
+    monkeypatch.syspath_prepend(elsewhere)
+    allowed_packages.cache_clear()
+    try:
+        for target in ("shared_space.others.Softer", "shared_space.its_parts_too.Softer"):
+            with pytest.raises(ValueError, match=r"outside the packages .*shared_space\.its_parts\)"):
+                find_part(target, Loss)
+        assert "shared_space" not in sys.modules
+        assert find_part("shared_space.its_parts.softer.Softer", Loss).__name__ == "Softer"
+    finally:
+        allowed_packages.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] == "shared_space"]:
+            del sys.modules[name]
+
+
 @pytest.mark.slow
 def test_the_program_trains_with_a_part_from_elsewhere(elsewhere: Path, tmp_path: Path) -> None:
     overrides = ["loss=[softer]", "run.name=x", "dataset.size=64", "global_batch_size=16", "duration=2steps"]

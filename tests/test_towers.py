@@ -313,3 +313,29 @@ def test_patches_are_dropped_in_training_only(pixels: Tensor) -> None:
     module = tower.build(tower.preprocessor(no_captions, Keep(), None), 24)
     assert not torch.equal(module.train()(pixels), module.train()(pixels))
     assert torch.equal(module.eval()(pixels), module.eval()(pixels))
+
+
+@pytest.mark.parametrize("kind", ["vit", "text"])
+def test_drop_path_leaves_out_branches_of_whole_samples_in_training_only(kind: str, pixels: Tensor) -> None:
+    def module(drop_path: float) -> TowerModule:
+        torch.manual_seed(0)
+        if kind == "vit":
+            image = ViT(**IMAGES, **{**VIT, "layers": 5}, pool="tok", drop_path=drop_path)
+            return image.build(image.preprocessor(no_captions, Keep(), None), 24)
+        words = ByteBPE(vocab_size=300, max_captions=1)
+        text = TextTransformer(**{**TEXT, "layers": 5}, tokenizer=words, drop_path=drop_path)
+        return text.build(TextPreprocessor(_Words(), 16), 24)  # type: ignore[arg-type]
+
+    dropping, plain = module(0.8), module(0.0)
+    inputs = pixels if kind == "vit" else tokens()
+    assert dropping.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(dropping.eval()(inputs), plain.eval()(inputs))
+    assert not torch.equal(dropping.train()(inputs), plain.train()(inputs))
+
+    for place, block in enumerate(dropping.net.transformer.resblocks):  # type: ignore[union-attr,arg-type]
+        rate = 0.8 * place / 4
+        for branch in (block.ls_1, block.ls_2):
+            made = branch(torch.ones(4000, 2, 3))
+            assert ((made == made[:, :1, :1]).all(-1).all(-1)).all(), "a sample is left out as a whole"
+            assert (made == 0).float().mean().item() == pytest.approx(rate, abs=0.03)
+            assert made.mean().item() == pytest.approx(1, abs=0.15)

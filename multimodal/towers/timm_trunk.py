@@ -6,11 +6,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from multimodal import distributed
 from multimodal.parts import Operational, did_you_mean
+from multimodal.resolve import problem
 from multimodal.towers.batch_norm import GlobalBatchNorm2d, normalise_globally
 from multimodal.towers.images import Colour, ImageEncoder, ImagePreprocessor, ImageTower
 from multimodal.towers.projection import check_width
@@ -44,6 +45,12 @@ def _with_what_follows(matcher: Any) -> Any:
         return (*ordinal, *MATCH_PREV_GROUP) if ordinal == (math.inf,) else ordinal
 
     return depth
+
+
+def _unknown(name: str) -> str:
+    import timm
+
+    return f"timm has no model '{name}'.{did_you_mean(name, timm.list_models())}"
 
 
 class TimmTrunk(ImageTower):
@@ -87,7 +94,10 @@ class TimmTrunk(ImageTower):
         from timm.models import get_pretrained_cfg
 
         own = get_pretrained_cfg(value["name"])
-        return value if own is None else {**value, **{knob: getattr(own, knob) for knob in missing}}
+        if own is None:
+            line = problem(_unknown(value["name"]), "name", value=value["name"])
+            raise ValidationError.from_exception_data(cls.__name__, [line])
+        return {**value, **{knob: getattr(own, knob) for knob in missing}}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"\w+(\.\w+)?", self.name):  # timm reads hf-hub:NAME and local-dir:FOLDER too
@@ -99,9 +109,16 @@ class TimmTrunk(ImageTower):
         net = self._net(embed_dim, self.pretrained and not saved)
         trunk = net.trunk
         if self.grad_checkpointing:
-            trunk.set_grad_checkpointing(True)
+            try:
+                trunk.set_grad_checkpointing(True)
+            except AssertionError:
+                raise ValueError(f"grad_checkpointing: {self.name} cannot do it") from None
         normalise_globally(trunk)
-        self._check_modules(trunk)
+        if distributed.world_size() > 1 and any(
+            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d)
+            for module in trunk.modules()
+        ):
+            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
         pool = net.head._modules.pop("pool", None)
         projection, net.head = net.head, nn.Sequential(OrderedDict(pool=pool) if pool else OrderedDict())
         own = getattr(trunk, "head_hidden_size", trunk.num_features)
@@ -114,28 +131,12 @@ class TimmTrunk(ImageTower):
         check_width(self.projection, width, embed_dim)
         return TimmEncoder(net, projection, width, self.mean, self.std)
 
-    def _check_modules(self, trunk: nn.Module) -> None:
-        modules = list(trunk.modules())
-        if distributed.world_size() > 1 and any(
-            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d) for module in modules
-        ):
-            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
-        if (
-            self.grad_checkpointing
-            and (self.tuning.frozen != "none" or self.tuning.frozen_names)
-            and any(hasattr(module, "attention_bias_cache") for module in modules)
-        ):
-            raise ValueError(
-                f"grad_checkpointing: frozen blocks of {self.name} keep their attention biases and so cannot be "
-                "computed again: grad_checkpointing=false"
-            )
-
     def _net(self, embed_dim: int, pretrained: bool) -> Any:
         import timm
         from open_clip.timm_model import TimmModel
 
         if not timm.is_model(self.name):
-            raise ValueError(f"name: timm has no model '{self.name}'.{did_you_mean(self.name, timm.list_models())}")
+            raise ValueError(f"name: {_unknown(self.name)}")
         try:
             net = TimmModel(
                 self.name,
