@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multimodal.assemble import build, device_of
+from multimodal.assemble import build, device_of, native_precision
 from multimodal.assemble import load as load_checkpoint
 from multimodal.checkpoint import find as find_checkpoint
 from multimodal.config import ModelSection, RunError
@@ -24,7 +24,6 @@ from multimodal.interop import architectures
 from multimodal.interop.weights import initialise
 from multimodal.model import Model
 from multimodal.parts import BadSample
-from multimodal.step import native_precision
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from multimodal.offline import offline
 from multimodal.outline import outlined
 from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.step import native_precision
 
 Evaluation = Callable[[EncoderContract], Report]
 
@@ -53,6 +52,14 @@ def device_of(wanted: str) -> torch.device:
     if index >= count:
         raise ConfigError([("device", f"there are {count} GPUs for at least {index + 1} processes on this machine")])
     return torch.device("cuda", index)
+
+
+def native_precision(device: torch.device) -> str:
+    """ "bf16" where the hardware multiplies it, else "fp32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
 
 
 class Problems(list[tuple[str, str]]):

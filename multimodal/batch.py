@@ -39,6 +39,8 @@ class Batch:
     """By tower name: image uint8 [b, C, H, W], text int64 [b, L]."""
     indices: Tensor
     """int64 [b], the samples' places in their source (of the stand-in, where a sample was replaced)."""
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """int64 [b] each, equal for rows that are the same in some way: "caption", and "label" where samples have one."""
     replaced: list[str] = field(default_factory=list)
     """One line for each broken sample that another one stands in for: its key and what was wrong."""
     truncated: int = 0
@@ -57,3 +59,5 @@ class Features:
     """[], the multiplier, already exponentiated."""
     logit_bias: Tensor | None = None
     """[], added to the logits (sigmoid losses)."""
+    ids: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those of the batch."""

@@ -210,6 +210,9 @@ class TrainConfig(Config):
     """How long the learning rate rises: a duration, or a share of the run's, such as 5%."""
     global_batch_size: int = Field(ge=2)
     """Pairs in a step, over all ranks."""
+    micro_batch_size: Operational[Annotated[int, Field(gt=0)] | Literal["auto"] | None] = None
+    """Pairs that the towers of a rank work on at a time: the gradient is that of the whole batch all the same, with the
+    memory of so many, for a second forward pass. auto finds the most that fit; null is all of a rank's."""
     max_grad_norm: float | None = Field(gt=0)
     """Gradients are scaled down to this norm; null for no limit."""
     precision: Literal["auto", "fp32", "bf16"]

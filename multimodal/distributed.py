@@ -73,6 +73,14 @@ def total(*counts: int) -> list[int]:
     return [int(count) for count in sums]
 
 
+def smallest(count: int) -> int:
+    """The least of all ranks' counts; the same answer on all."""
+    least = torch.tensor(count)
+    if dist.is_initialized():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

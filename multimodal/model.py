@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimodal.batch import Features
 from multimodal.config import ModelSection
 from multimodal.parts import TowerModule, Tuning
 
@@ -45,11 +44,10 @@ class Model(nn.Module):
         projected: Tensor = projection(pooled)
         return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
 
-    def forward(self, inputs: Mapping[str, Tensor], pooled: Mapping[str, Tensor] | None = None) -> Features:
-        """Features of a batch, from inputs by tower, or from what frozen towers made of them before."""
-        tensors = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
-        tensors |= {f"{tower}_features": self.project(tower, x) for tower, x in (pooled or {}).items()}
-        return Features(tensors, self.logit_scale.exp(), self.logit_bias)
+    def forward(self, inputs: Mapping[str, Tensor], pooled: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Features by name, from inputs by tower, or from what frozen towers made of them before."""
+        features = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
+        return features | {f"{tower}_features": self.project(tower, x) for tower, x in (pooled or {}).items()}
 
     def freeze(self, tunings: Mapping[str, Tuning]) -> None:
         """Stop the training of what the `tunings` of towers say is frozen; ValueError if that is not possible."""

@@ -38,9 +38,10 @@ from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
 from multimodal.interop.weights import checkpoint_of, initialise
 from multimodal.kept_features import check_kept_features, keep_features
+from multimodal.memory import micro_batch_that_fits, running_out_is_explained
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
-from multimodal.step import seed_step, training_step
+from multimodal.step import has_batch_norm, training_step
 from multimodal.tracker import METRICS, SUMMARY, RunLog
 from multimodal.units import Cadence
 
@@ -149,6 +150,13 @@ class Trainer:
         self.assembled = assemble(config, source, last, started_from)
         self.model = self.assembled.model
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
+        size, rows = config.micro_batch_size, config.global_batch_size // distributed.world_size()
+        with problems.at("micro_batch_size"):
+            if isinstance(size, int) and size < rows and has_batch_norm(self.model):
+                raise ValueError(
+                    "the statistics of a batch norm are those of the whole batch, which micro-batches do not see: "
+                    "null, a tower without batch norm, or one that is frozen"
+                )
         with problems.at("towers"):
             self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, tunings))
         problems.report()
@@ -230,11 +238,8 @@ class Trainer:
             while state.step < state.total_steps:
                 with self.clock.waiting():
                     batch = self._to_device(next(batches))
-                seed_step(config.seed, state.step)
                 lr = self._set_lr()
-                measured = training_step(
-                    self.model, config.loss, self.optimizer, batch, self.assembled.context, config.max_grad_norm
-                )
+                measured = self._step(batch)
                 self.not_finite += 1 - measured["finite"]
                 state.step += 1
                 self.clock.steps += 1
@@ -243,7 +248,7 @@ class Trainer:
                 stopping, save_is_due = self._vote(batch)
                 last = state.step == state.total_steps
                 if last or self._due(config.log.every):
-                    self._log_training(measured, lr, bar)
+                    self._log_training({**measured, **_duplicates(batch)}, lr, bar)
                 if stopping:
                     self._save(best=False)  # before evaluating, which may take longer than one is given
                 improved = self._evaluate(everything=last)
@@ -252,6 +257,26 @@ class Trainer:
                 if stopping and not last:
                     logger.info("stopped by a signal after step %d; the same command continues", state.step)
                     return
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        config, state, context = self.config, self.state, self.assembled.context
+        size = config.micro_batch_size
+        if size == "auto":
+            if state.micro_batch_size is None:
+                state.micro_batch_size = micro_batch_that_fits(self.model, batch, context)
+                logger.info("micro_batch_size=auto: %d at a time", state.micro_batch_size)
+            size = state.micro_batch_size
+        with running_out_is_explained(size, len(batch.indices), config.global_batch_size):
+            return training_step(
+                self.model,
+                config.loss,
+                self.optimizer,
+                batch,
+                context,
+                config.max_grad_norm,
+                size,
+                (config.seed, state.step),
+            )
 
     def _set_lr(self) -> float:
         factor = self.config.schedule(self.state.step, self.warmup_steps, self.state.total_steps)
@@ -288,7 +313,7 @@ class Trainer:
         def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: x.to(self.device, non_blocking=True) for name, x in tensors.items()}
 
-        return replace(batch, inputs=moved(batch.inputs), pooled=moved(batch.pooled))
+        return replace(batch, inputs=moved(batch.inputs), pooled=moved(batch.pooled), ids=moved(batch.ids))
 
     def _require_finite(self) -> None:
         if self.not_finite:
@@ -401,3 +426,9 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _duplicates(batch: Batch) -> dict[str, Tensor]:
+    """The share of the global batch whose caption another pair in it has too: a negative that is none."""
+    _, counts = torch.unique(distributed.gather(batch.ids["caption"]), return_counts=True)
+    return {"duplicate_captions": counts[counts > 1].sum() / counts.sum()}

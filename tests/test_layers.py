@@ -20,7 +20,7 @@ LAYERS = (
     FAMILIES,
     ("config", "model", "optim", "encoder"),
     ("step", "checkpoint", "tracker", "provenance", "interop"),
-    ("assemble", "finished_run", "outline", "run_folder"),
+    ("assemble", "finished_run", "memory", "outline", "run_folder"),
     ("export",),
     ("dry_run", "kept_features", "trainer"),
     ("api", "cli"),

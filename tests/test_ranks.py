@@ -80,7 +80,7 @@ RESNET = ResNet(**IMAGE, image_size=64, layers=(1, 1, 1, 1), width=4)
 SECTION = ModelSection(embed_dim=8, logit_scale=10.0, max_logit_scale=100.0, learn_logit_scale=True, logit_bias=None)
 
 
-def _train(tower: ImageTower, images: Tensor) -> dict[str, Tensor]:
+def _train(tower: ImageTower, images: Tensor, micro_batch_size: int | None) -> dict[str, Tensor]:
     """Three steps of two image towers on two views of random images, in float64."""
     torch.manual_seed(0)
     towers = {name: tower.build(tower.preprocessor(list, Keep(), None), SECTION.embed_dim) for name in "xy"}
@@ -89,15 +89,16 @@ def _train(tower: ImageTower, images: Tensor) -> dict[str, Tensor]:
     losses = {"infonce": InfoNCE(pair=("x", "y"))}
     for x, y in images:
         batch = Batch({"x": mine(x), "y": mine(y)}, torch.arange(len(mine(x))))
-        training_step(model, losses, optimizer, batch, torch.autocast("cpu", enabled=False), max_grad_norm=0.5)
+        context = torch.autocast("cpu", enabled=False)
+        training_step(model, losses, optimizer, batch, context, 0.5, micro_batch_size)
     return model.state_dict()
 
 
-@pytest.mark.parametrize("tower", [VIT, RESNET])
-def test_training_on_two_ranks_is_training_on_one(tower: ImageTower) -> None:
+@pytest.mark.parametrize(("tower", "micro_batch_size"), [(VIT, None), (VIT, 3), (RESNET, None)])
+def test_training_on_two_ranks_is_training_on_one(tower: ImageTower, micro_batch_size: int | None) -> None:
     images = torch.randint(0, 256, (3, 2, 8, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
-    expected = _train(tower, images)
-    for found in on_ranks(2, _train, tower, images):
+    expected = _train(tower, images, None)
+    for found in on_ranks(2, _train, tower, images, micro_batch_size):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
 

@@ -17,7 +17,7 @@ from multimodal.losses.infonce import InfoNCE
 from multimodal.model import Model
 from multimodal.optim import AdamW, parameter_groups
 from multimodal.parts import Loss, TowerModule
-from multimodal.step import seed_step, training_step
+from multimodal.step import training_step
 
 ROWS, INPUTS = 6, 5
 FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
@@ -226,19 +226,6 @@ def test_a_step_leaves_no_gradient_behind() -> None:
     model = small_model()
     step(model, adamw(model), batch())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_the_random_state_of_a_step_is_a_function_of_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(seed: int, number: int, rank: int) -> float:
-        monkeypatch.setenv("RANK", str(rank))
-        torch.rand(number + 3)
-        seed_step(seed, number)
-        return torch.rand((), dtype=torch.float64).item()
-
-    keys = [(seed, number, rank) for seed in range(5) for number in range(5) for rank in range(3)]
-    drawn = [draw(*key) for key in keys]
-    assert len(set(drawn)) == len(keys)
-    assert [draw(*key) for key in keys] == drawn
 
 
 def test_precision_says_whether_towers_run_in_bf16() -> None:

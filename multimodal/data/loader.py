@@ -4,6 +4,7 @@ import signal
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ class _Row:
     inputs: dict[str, Tensor]
     pooled: dict[str, Tensor]
     index: int
+    ids: dict[str, int]
     replaced: tuple[str, ...]
     truncated: int
 
@@ -60,11 +62,21 @@ class _Rows(Dataset[_Row]):
                 pooled = {name: kept(index) for name, kept in self.kept.items()}
                 read = {"text": self.source.captions(index)} if self.only_captions else self.source[index].inputs
                 inputs = {name: reader.preprocessor(read[reader.reads], rng) for name, reader in self.readers.items()}
-                return _Row(inputs, pooled, index, tuple(replaced), self._truncated() - before)
+                ids = self._ids(index, inputs)
+                return _Row(inputs, pooled, index, ids, tuple(replaced), self._truncated() - before)
             except BadSample as error:
                 replaced.append(str(error))
                 index = rng.randrange(len(self.source))
         raise BadSample(f"{MAX_ATTEMPTS} samples in a row are broken, the last one {replaced[-1]}")
+
+    def _ids(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """What a row has in common with others, as numbers: the caption that was drawn, and the class."""
+        tokens = [inputs[name] for name, reader in self.readers.items() if reader.reads == "text"]
+        told = [text.numpy().tobytes() for text in tokens] or [self.source.captions(index)[0].encode()]
+        digest = blake2b(b"".join(told), digest_size=8).digest()
+        label = self.source.label(index)
+        found = {"caption": int.from_bytes(digest, "big", signed=True)}
+        return found if label is None else {**found, "label": label}
 
     def _truncated(self) -> int:
         return sum(reader.preprocessor.num_truncated for reader in self.readers.values())
@@ -74,8 +86,9 @@ def _collate(rows: list[_Row]) -> Batch:
     inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
     pooled = {name: torch.stack([row.pooled[name] for row in rows]) for name in rows[0].pooled}
     replaced = [line for row in rows for line in row.replaced]
+    ids = {kind: torch.tensor([row.ids[kind] for row in rows]) for kind in rows[0].ids}
     indices, truncated = torch.tensor([row.index for row in rows]), sum(row.truncated for row in rows)
-    return Batch(inputs, indices, replaced, truncated, pooled)
+    return Batch(inputs, indices, ids, replaced, truncated, pooled)
 
 
 def _quiet_worker(_: int) -> None:

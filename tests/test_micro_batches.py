@@ -1,0 +1,272 @@
+"""The laws of micro-batches: the gradient is that of the whole batch, with the memory of a part of it."""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from multimodal import memory
+from multimodal.batch import Batch, Features
+from multimodal.config import ModelSection, RunError
+from multimodal.losses.infonce import InfoNCE
+from multimodal.memory import Peak, micro_batch_that_fits, running_out_is_explained
+from multimodal.model import Model
+from multimodal.parts import Loss, TowerModule
+from multimodal.step import _random_seed, has_batch_norm, training_step
+
+ROWS, INPUTS, WIDTH = 11, 5, 8
+FP32 = torch.autocast("cpu", enabled=False)
+SEED = (3, 7)
+SIZES = [None, 1, 4, 6, 11, 100]
+
+
+class Noisy(TowerModule):
+    """Two layers with dropout between, and a count of the passes."""
+
+    def __init__(self, dropout: float = 0.4, norm: bool = False) -> None:
+        super().__init__()
+        self.width = WIDTH
+        norms = [nn.BatchNorm1d(WIDTH)] if norm else []
+        self.net = nn.Sequential(
+            nn.Linear(INPUTS, WIDTH), *norms, nn.Dropout(dropout), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+        )
+        self.projection = nn.Linear(WIDTH, 4, bias=False)
+        self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(inputs)
+        features: Tensor = self.net(inputs)
+        return features
+
+    def depths(self) -> list[list[nn.Parameter]]:
+        return [[], list(self.net.parameters())]
+
+
+class WithBias(Loss):
+    """Reads all that a loss may read."""
+
+    weight: float = 0.3
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"image_features", "text_features", "logit_bias", "ids"})
+
+    def __call__(self, features: Features) -> Tensor:
+        x, y = features.tensors["image_features"], features.tensors["text_features"]
+        assert features.logit_bias is not None
+        same = torch.eq(features.ids["caption"][:, None], features.ids["caption"])
+        logits = features.logit_scale * x @ y.T + features.logit_bias
+        return nn.functional.softplus(torch.where(same, -logits, logits)).mean()
+
+
+LOSSES: dict[str, Loss] = {"infonce": InfoNCE(), "bias": WithBias()}
+
+
+def model(**towers: Any) -> Model:
+    torch.manual_seed(0)
+    section = ModelSection(
+        embed_dim=4, logit_scale=10.0, max_logit_scale=100.0, learn_logit_scale=True, logit_bias=-1.0
+    )
+    return Model({"image": Noisy(**towers), "text": Noisy()}, section).double().train()
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {k: torch.randn(ROWS, INPUTS, dtype=torch.float64, generator=generator) for k in ("image", "text")}
+    return Batch(inputs, torch.arange(ROWS), {"caption": torch.arange(ROWS) // 2})
+
+
+class Recorder(torch.optim.SGD):
+    """Remembers the gradients that it is given, and changes nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.grads = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]]
+
+
+def gradients(one: Model, data: Batch, size: int | None) -> tuple[dict[str, Tensor], float]:
+    recorder = Recorder(one.parameters(), lr=1)
+    measured = training_step(one, LOSSES, recorder, data, FP32, None, size, SEED)
+    named = zip((name for name, _ in one.named_parameters()), recorder.grads, strict=True)
+    return {name: grad for name, grad in named if grad is not None}, float(measured["loss"])
+
+
+def joint(one: Model, data: Batch, size: int | None) -> tuple[dict[str, Tensor], float]:
+    """One graph over the whole batch, its chunks under the same random states, and one backward."""
+    parts: dict[str, list[Tensor]] = {}
+    for place, tower in enumerate(one.towers):
+        for start in range(0, ROWS, size or ROWS):
+            torch.manual_seed(_random_seed(*SEED, 0, place, start))
+            rows = slice(start, start + (size or ROWS))
+            given = data.pooled if tower in data.pooled else data.inputs
+            encode = one.project if tower in data.pooled else one.encode
+            parts.setdefault(f"{tower}_features", []).append(encode(tower, given[tower][rows]))
+    features = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    given_to_losses = Features(features, one.logit_scale.exp(), one.logit_bias, data.ids)
+    loss = torch.stack([term.weight * term(given_to_losses) for term in LOSSES.values()]).sum()
+    loss.backward()
+    return {name: p.grad for name, p in one.named_parameters() if p.grad is not None}, loss.item()
+
+
+def assert_same(ours: tuple[dict[str, Tensor], float], theirs: tuple[dict[str, Tensor], float]) -> None:
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-12)
+    assert ours[0].keys() == theirs[0].keys()
+    for name, grad in ours[0].items():
+        torch.testing.assert_close(grad, theirs[0][name], rtol=0, atol=1e-10, msg=name)
+
+
+def frozen_tower(one: Model, data: Batch) -> Batch:
+    one.towers["image"].requires_grad_(False)
+    one.train()
+    return data
+
+
+def frozen_but_projection(one: Model, data: Batch) -> Batch:
+    one.towers["image"].net.requires_grad_(False)  # type: ignore[union-attr]
+    one.train()
+    return data
+
+
+def kept_features(one: Model, data: Batch) -> Batch:
+    data = frozen_but_projection(one, data)
+    pooled = one.towers["image"](data.inputs["image"])
+    return Batch({"text": data.inputs["text"]}, data.indices, data.ids, pooled={"image": pooled.detach()})
+
+
+def fixed_scale(one: Model, data: Batch) -> Batch:
+    one.logit_scale.requires_grad_(False)
+    return data
+
+
+CASES: dict[str, Callable[[Model, Batch], Batch]] = {
+    "all trained": lambda one, data: data,
+    "frozen tower": frozen_tower,
+    "frozen but its projection": frozen_but_projection,
+    "kept features": kept_features,
+    "fixed scale": fixed_scale,
+}
+
+
+@pytest.mark.parametrize(("case", "size"), list(product(CASES, SIZES)))
+def test_gradients_are_those_of_one_joint_backward_with_dropout_on(case: str, size: int | None) -> None:
+    ours, theirs = model(), model()
+    assert_same(gradients(ours, CASES[case](ours, batch()), size), joint(theirs, CASES[case](theirs, batch()), size))
+
+
+def test_without_dropout_the_size_changes_nothing() -> None:
+    def without(size: int | None) -> tuple[dict[str, Tensor], float]:
+        one = model().eval()
+        return gradients(one, batch(), size)
+
+    for size in SIZES[1:]:
+        assert_same(without(size), without(None))
+
+
+def test_dropout_is_on_in_these_tests() -> None:
+    one = model()
+    first = gradients(one, batch(), 4)
+    other = training_step(one, LOSSES, Recorder(one.parameters(), lr=1), batch(), FP32, None, 4, (3, 8))
+    assert float(other["loss"]) != first[1], "another step has other masks"
+
+
+def test_random_states_differ_by_seed_step_rank_tower_and_row() -> None:
+    places = list(product(range(4), range(4), range(3), range(2), range(0, 12, 4)))
+    assert len({_random_seed(*place) for place in places}) == len(places)
+    assert all(_random_seed(*place) == _random_seed(*place) for place in places)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_buffers_count_every_row_once(size: int | None) -> None:
+    one = model()
+    gradients(one, batch(), size)
+    assert [tower.seen.item() for tower in one.towers.values()] == [ROWS, ROWS]  # type: ignore[union-attr,operator]
+
+
+def test_no_more_than_a_chunk_has_activations() -> None:
+    one = model()
+    most = 0
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal most
+        if output.requires_grad:
+            most = max(most, len(output))
+
+    for tower in one.towers.values():
+        tower.register_forward_hook(look)
+    gradients(one, batch(), 4)
+    assert most == 4
+
+
+def test_a_batch_norm_that_is_trained_needs_the_whole_batch() -> None:
+    one = model(norm=True)
+    assert has_batch_norm(one)
+    assert not has_batch_norm(model())
+    frozen_tower(one, batch())
+    assert not has_batch_norm(one)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_peak_is_what_is_alive_at_once() -> None:
+    x = torch.zeros(1000)
+    with Peak() as peak:
+        a = x + 1
+        view = a.view(10, 100)
+        del a
+        b = view * 2
+        del view
+        c = b + 1
+        del b
+        del c
+    assert peak.bytes == 2 * 4000
+    assert peak.alive == 0
+
+
+def deep(width: int = 64) -> tuple[Model, Batch]:
+    one = model()
+    for tower in one.towers.values():
+        tower.net = nn.Sequential(nn.Linear(INPUTS, width), *(nn.GELU() for _ in range(20)), nn.Linear(width, WIDTH))
+    return one.double(), Batch(
+        {name: torch.randn(256, INPUTS, dtype=torch.float64) for name in ("image", "text")}, torch.arange(256)
+    )
+
+
+def test_the_micro_batch_that_fits_grows_with_memory_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, data = deep()
+    before = copy.deepcopy(one.state_dict())
+    found = {}
+    per_row = 21 * 64 * 8
+    for free in (0.2e6, 0.5e6, 1e6, 1e9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
+        found[free] = micro_batch_that_fits(one, data, FP32)
+        assert found[free] * per_row <= free
+    assert list(found.values()) == sorted(found.values())
+    assert found[0.5e6] >= 8
+    assert found[1e9] == 256
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+    assert all(parameter.grad is None for parameter in one.parameters())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(RunError, match="single row"):
+        micro_batch_that_fits(one, data, FP32)
+
+
+def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.free_bytes(torch.device("cpu"))
+    assert 100e6 < free < 1e14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_bytes(torch.device("cpu")) == pytest.approx(free / 4, rel=0.2)
+
+
+def test_running_out_of_memory_names_what_can_be_changed() -> None:
+    with pytest.raises(RunError, match="micro_batch_size, such as 32"), running_out_is_explained(64, 512, 1024):
+        torch.empty(2**58)
+    told = pytest.raises(RunError, match=r"512 rows at a time.*global_batch_size=1024")
+    with told, running_out_is_explained(None, 512, 1024):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes"), running_out_is_explained(None, 512, 1024):
+        raise RuntimeError("shapes cannot be multiplied")
