@@ -6,7 +6,7 @@ loss may be computed in full on every rank or only for the rank's own rows: the 
 
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +81,28 @@ def smallest(count: int) -> int:
     return int(least)
 
 
+_LONGEST = 512
+
+
+def agree(statement: str, problem: str = "") -> None:
+    """ValueError on all ranks, where one of them has a `problem` or they do not all make the same `statement`.
+
+    For before a collective that would hang, or mix up rows, if ranks came to it with different tensors. The texts
+    travel between the processors: nothing waits for the device.
+    """
+    if dist.is_initialized():
+        text = f"{'!' if problem else ' '}{problem or statement}".encode()[:_LONGEST]
+        texts = [torch.zeros(_LONGEST, dtype=torch.uint8) for _ in range(dist.get_world_size())]
+        dist.all_gather(texts, torch.tensor(list(text.ljust(_LONGEST, b"\0")), dtype=torch.uint8))
+        said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore") for text in texts]
+        if not problem and len(set(said)) > 1:
+            refused = [f"rank {i}: {text[1:]}" for i, text in enumerate(said) if text.startswith("!")]
+            problem = "; ".join(refused or [f"rank {i} has {text[1:]}" for i, text in enumerate(said)])
+            problem = problem if refused else f"the ranks differ where they must not: {problem}"
+    if problem:
+        raise ValueError(problem)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -107,6 +129,12 @@ def gather(
     return gathered
 
 
+def own_rows(x: Tensor) -> slice:
+    """Where this rank's rows are among those that `gather` returns."""
+    number = dist.get_rank() if dist.is_initialized() else 0
+    return slice(number * len(x), (number + 1) * len(x))
+
+
 def gather_uneven(x: Tensor, counts: list[int]) -> Tensor:
     """All ranks' rows without gradient, `counts[r]` of them from rank r."""
     if not dist.is_initialized():
@@ -116,6 +144,88 @@ def gather_uneven(x: Tensor, counts: list[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        peaks = x.clone()
+        dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        peaks.clamp_(min=torch.finfo(x.dtype).min)  # where all are -inf
+        sums = (x - peaks).exp_()
+        dist.all_reduce(sums)
+        result = peaks + sums.log_()
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, result = ctx.saved_tensors
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        weights: Tensor = (x - result.masked_fill(result == -torch.inf, 0)).exp_()
+        return weights.mul_(grad)
+
+
+def logsumexp(
+    x: Tensor,  # [...] this rank's part of each sum, of one shape on all ranks
+) -> Tensor:  # [...]
+    """Over ranks, for every element; the gradient is the sum over every rank's use of it. -inf adds nothing."""
+    if not dist.is_initialized():
+        return x
+    total: Tensor = _LogSumExp.apply(x)
+    return total
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return average(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return average(grad)
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of a value over ranks, with gradient: a mean of each rank's means over as many rows is the whole one."""
+    if not dist.is_initialized():
+        return x
+    result: Tensor = _Mean.apply(x)
+    return result
+
+
+def ring(
+    travelling: list[Tensor],  # of one shape on all ranks
+    collecting: Tensor | None,  # likewise; the reader adds to it in place
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Every rank's tensors in turn, beginning with one's own, and what they collect.
+
+    A rank holds one visitor at a time. What was collected for a rank's tensors on the way is in its own `collecting`
+    when the iteration has ended; all ranks must iterate to the end.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    collected = collecting
+    for hop in range(ranks):
+        yield travelling, collected
+        if ranks > 1:
+            if hop < ranks - 1:
+                travelling = _pass_on(travelling)
+            if collected is not None:
+                (collected,) = _pass_on([collected])
+    if collecting is not None and collected is not None and collected is not collecting:
+        collecting.copy_(collected)
+
+
+def _pass_on(tensors: list[Tensor]) -> list[Tensor]:
+    """What the rank before has, in exchange for ours, which the rank behind gets."""
+    before, behind = (rank() - 1) % dist.get_world_size(), (rank() + 1) % dist.get_world_size()
+    received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    sends = [dist.P2POp(dist.isend, tensor.contiguous(), behind, tag=i) for i, tensor in enumerate(tensors)]
+    receives = [dist.P2POp(dist.irecv, tensor, before, tag=i) for i, tensor in enumerate(received)]
+    for work in dist.batch_isend_irecv([*sends, *receives]):
+        work.wait()
+    return received
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -1,13 +1,17 @@
 """What several ranks compute is what one process computes on the whole batch, gradients included."""
 
+import math
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from explicit import explicit_info_nce, explicit_sigmoid, pairs, some_ids
+from test_tiles import Watch
 from torch import Tensor
 
 from multimodal import distributed
@@ -15,6 +19,7 @@ from multimodal.batch import Batch
 from multimodal.config import ConfigError, ModelSection
 from multimodal.data.augment import Keep
 from multimodal.losses.infonce import InfoNCE, info_nce
+from multimodal.losses.sigmoid import sigmoid_loss
 from multimodal.model import Model
 from multimodal.step import training_step
 from multimodal.towers.batch_norm import GlobalBatchNorm2d
@@ -46,32 +51,133 @@ def mine(x: Tensor) -> Tensor:
     return x.chunk(distributed.world_size())[distributed.rank()]
 
 
-def _info_nce(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    x, y, scale = (leaf.clone().requires_grad_() for leaf in (mine(x), mine(y), scale))
-    loss = info_nce(x, y, scale)
-    loss.backward()
-    parameter = torch.nn.Parameter(scale.detach())
-    parameter.grad = scale.grad
-    distributed.average_gradients([parameter])
-    assert x.grad is not None
-    assert y.grad is not None
-    assert parameter.grad is not None
-    ranks = distributed.world_size()
-    return distributed.average(loss), x.grad / ranks, y.grad / ranks, parameter.grad
+TARGETS: list[dict[str, Any]] = [{}, {"same": "positive"}, {"same": "masked"}]
+PAIR_LOSSES: list[tuple[str, dict[str, Any]]] = [
+    *(
+        ("info_nce", {**target, "label_smoothing": smoothing, "tile": tile, "keep_logits": keep})
+        for target in TARGETS
+        for smoothing in (0.0, 0.1)
+        for tile, keep in ((4, False), (5, False), (5, True), (1024, False))
+    ),
+    *(
+        ("sigmoid_loss", {**target, "exchange": exchange, "tile": tile})
+        for target in TARGETS
+        for exchange in ("gather", "ring")
+        for tile in (4, 5, 1024)
+    ),
+]
+LOSS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "info_nce": lambda x, y, scale, bias, **asked: info_nce(x, y, scale, **asked),
+    "sigmoid_loss": sigmoid_loss,
+}
+EXPLICIT: dict[str, Callable[..., Tensor]] = {
+    "info_nce": lambda x, y, scale, bias, **asked: explicit_info_nce(x, y, scale, **asked),
+    "sigmoid_loss": explicit_sigmoid,
+}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_info_nce_and_its_gradients_are_those_of_the_global_batch(ranks: int) -> None:
-    torch.manual_seed(0)
-    x, y = (torch.nn.functional.normalize(torch.randn(12, 5, dtype=torch.float64), dim=-1) for _ in "xy")
-    scale = torch.tensor(9.0, dtype=torch.float64)
-    loss, x_grad, y_grad, scale_grad = _info_nce(x, y, scale)
-    found = on_ranks(ranks, _info_nce, x, y, scale)
-    for rank_loss, *_, rank_scale_grad in found:
-        torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(rank_scale_grad, scale_grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([one[1] for one in found]), x_grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([one[2] for one in found]), y_grad, rtol=1e-12, atol=1e-12)
+def _pair_losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of every case: the loss, and the gradients as training has them."""
+    found = []
+    for name, asked in PAIR_LOSSES:
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in (mine(x), mine(y), scale, bias)]
+        ids = {"ids": mine(some_ids(len(x)))} if "same" in asked else {}
+        loss = LOSS_FUNCTIONS[name](*leaves, **ids, **asked)
+        loss.backward()
+        x_grad, y_grad, *rest = (torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in leaves)
+        parameters = [torch.nn.Parameter(leaf) for leaf in leaves[2:]]
+        for parameter, grad in zip(parameters, rest, strict=True):
+            parameter.grad = grad.to(parameter.dtype)
+        distributed.average_gradients(parameters)
+        ranks = distributed.world_size()
+        found.append((loss.detach(), x_grad / ranks, y_grad / ranks, *(p.grad for p in parameters)))
+    return found
+
+
+def _disagreements() -> list[str]:
+    """What each rank is told in cases where rank 1 comes with something else than rank 0."""
+    other = distributed.rank() == 1
+    x, scale = torch.ones(4, 3), torch.tensor(1.0)
+    ids = torch.arange(4)
+    cases: list[tuple[tuple[Tensor, Tensor], dict[str, Any]]] = [
+        ((x[:3], x[:3]) if other else (x, x), {}),
+        ((x[:, :2], x[:, :2]) if other else (x, x), {}),
+        ((x.double(), x.double()) if other else (x, x), {}),
+        ((x, x[:2]) if other else (x, x), {}),
+        ((x[:0], x[:0]) if other else (x, x), {}),
+        ((x, x), {"ids": ids} if other else {}),
+        ((x, x), {"ids": ids[:2] if other else ids}),
+        ((x, x), {"ids": ids, "same": "masked" if other else "positive"}),
+        ((x, x.clone().requires_grad_(other)), {}),
+    ]
+    told = []
+    for features, asked in cases:
+        losses = [lambda: info_nce(*features, scale, **asked)]  # noqa: B023
+        losses += [partial(sigmoid_loss, *features, scale, scale, **asked, exchange=e) for e in ("gather", "ring")]
+        for loss in losses:
+            try:
+                told.append(f"no error: {loss()}")
+            except ValueError as error:
+                told.append(str(error))
+    told.append(f"{info_nce(x, x, scale):.3f}")  # and all is well afterwards
+    return told
+
+
+def _largest(exchange: Literal["gather", "ring"]) -> int:
+    """The most elements that a tensor has in the sigmoid loss of 16 rows a rank, 64 wide."""
+    inputs = pairs(16, 64)
+    with Watch() as watch:
+        sigmoid_loss(*inputs, exchange=exchange, tile=8).backward()
+    return watch.elements
+
+
+def _losses_on_each_rank(*inputs: Tensor) -> tuple[list[tuple[Tensor, ...]], list[str], tuple[int, int]]:
+    return _pair_losses(*inputs), _disagreements(), (_largest("ring"), _largest("gather"))
+
+
+OnEachRank = list[tuple[list[tuple[Tensor, ...]], list[str], tuple[int, int]]]
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def on_each_rank(request: pytest.FixtureRequest) -> OnEachRank:
+    """Everything about losses over pairs from one start of processes, which takes longer than all of it."""
+    return on_ranks(request.param, _losses_on_each_rank, *(z.detach() for z in pairs(12, 5)))
+
+
+def test_losses_over_pairs_and_their_gradients_are_those_of_the_global_batch(on_each_rank: OnEachRank) -> None:
+    inputs = pairs(12, 5)
+    found = [losses for losses, _, _ in on_each_rank]
+    for case, (name, asked) in enumerate(PAIR_LOSSES):
+        ids = {"ids": some_ids(12)} if "same" in asked else {}
+        target = {key: value for key, value in asked.items() if key in ("same", "label_smoothing")} | ids
+        explicit = (
+            explicit_info_nce(*inputs[:3], **target) if name == "info_nce" else explicit_sigmoid(*inputs, **target)
+        )
+        expected = torch.autograd.grad(explicit, inputs, allow_unused=True, materialize_grads=True)
+        by_rank = [one[case] for one in found]
+        close = partial(torch.testing.assert_close, rtol=0, atol=1e-10, msg=lambda m: f"{name} {asked}: {m}")  # noqa: B023
+        for loss, _, _, scale_grad, bias_grad in by_rank:
+            close(loss, explicit.detach())
+            close(scale_grad, expected[2])
+            close(bias_grad, expected[3])
+        close(torch.cat([one[1] for one in by_rank]), expected[0])
+        close(torch.cat([one[2] for one in by_rank]), expected[1])
+
+
+def test_ranks_that_disagree_are_all_told_so(on_each_rank: OnEachRank) -> None:
+    *refusals, last = zip(*(told for _, told, _ in on_each_rank), strict=True)
+    assert set(last) == {f"{math.log(4 * len(last)):.3f}"}, "after all refusals, ranks that agree"
+    for told in refusals:
+        assert not any("no error" in one for one in told), told
+    said = ("[3, 3]", "[4, 2]", "float64", "[2, 3]", "[0, 3]", " ids", "of 4 rows", "masked", "y")
+    for words, told in zip(said, refusals[::3], strict=True):
+        assert all(words in one for one in told), told
+
+
+def test_in_the_ring_no_rank_holds_the_features_of_all(on_each_rank: OnEachRank) -> None:
+    for _, _, (ring, gather) in on_each_rank:
+        assert ring <= 16 * 64
+        assert gather == len(on_each_rank) * 16 * 64
 
 
 IMAGE = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "heads": 2}

@@ -36,6 +36,8 @@ PLACES = {
 """How a choice of each group is taken, and where it is then found."""
 
 GIVEN = "given.csv"
+NEEDED = {"sigmoid": ["model.logit_bias=-10.0"]}
+"""What a choice asks of the rest of the configuration."""
 NO_PARTS = {"experiment", "sweep", "tuning", "architecture", "to"}
 CHOICES = [(group, choice) for group in PLACES for choice in FILES.get(group, [])]
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
@@ -52,7 +54,7 @@ def filled(value: Any) -> Any:
 def chosen(compose: Compose, group: str, choice: str) -> tuple[dict[str, Any], TrainConfig, Any]:
     """The raw part, the whole configuration with it, and the part."""
     override, place = PLACES[group]
-    raw: Any = filled(compose(override.format(choice), "checkpoint.best=null"))
+    raw: Any = filled(compose(override.format(choice), "checkpoint.best=null", *NEEDED.get(choice, ())))
     config: Any = check(raw, TrainConfig)
     part = config
     for key in place.format(choice).split("."):
@@ -150,7 +152,7 @@ def test_a_tokenizer_builds(compose: Compose, choice: str) -> None:
 @pytest.mark.parametrize("choice", FILES["loss"])
 def test_a_loss_needs_what_the_towers_give_and_weighs_something(compose: Compose, choice: str) -> None:
     _, config, loss = chosen(compose, "loss", choice)
-    assert loss.needs() <= {f"{tower}_features" for tower in config.towers}
+    assert loss.needs() <= {f"{tower}_features" for tower in config.towers} | {"logit_bias"}
     assert loss.weight > 0
 
 

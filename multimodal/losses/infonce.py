@@ -1,36 +1,75 @@
 """InfoNCE, the loss of CLIP."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Strict
+from pydantic import Field, Strict
 from torch import Tensor
 
 from multimodal import distributed
 from multimodal.batch import Features
+from multimodal.losses.inputs import check_inputs
+from multimodal.losses.logsumexp import negatives
+from multimodal.losses.targets import soft_partners
+from multimodal.losses.tiles import TILE, product_dtype, sums_dtype
 from multimodal.parts import Loss
+
+KEPT_LOGITS = 4096**2
+"""So many logits of a rank are kept for the backward (64 MiB in float32) rather than computed again."""
 
 
 def info_nce(
     x: Tensor,  # [b, D] unit norm, one modality
     y: Tensor,  # [b, D] unit norm, the other
     logit_scale: Tensor,  # [] already exponentiated
-) -> Tensor:  # [] its mean over ranks is the loss of the global batch
+    *,
+    label_smoothing: float = 0.0,  # the part of each target that is spread over all rows
+    ids: Tensor | None = None,  # int64 [b], rows of equal ids are the same thing
+    same: Literal["positive", "masked"] = "positive",  # what pairs of different rows of equal ids are
+    tile: int = TILE,
+    keep_logits: bool | None = None,  # None: where there are at most KEPT_LOGITS of them
+) -> Tensor:  # [] the loss of the global batch, on every rank
     """Symmetric cross-entropy of every pair against every pair on every rank.
 
-    Each rank scores its own b rows of both modalities against all B of the other. Equals open_clip's `ClipLoss` with
-    `local_loss` and `gather_with_grad`; on one process, `ClipLoss` as it is. log B for features that are all equal.
-    Computed in at least float32, whatever autocast says.
+    The matrix of logits is computed in tiles, each once for rows and columns, and again in the backward: memory grows
+    with B. Small ones are kept instead (3 products rather than 4). Sums are in at least float32, whatever autocast
+    says; products are in the dtype of the features, or in bf16 where autocast to it is on at the call. The positive
+    is kept out of the sums, so that small losses and their gradients are accurate.
+
+    - Equals open_clip's `ClipLoss` with `local_loss` and `gather_with_grad`; on one process, `ClipLoss` as it is.
+      log B for features that are all equal.
+    - `label_smoothing`: equals `F.cross_entropy(..., label_smoothing=...)` in both directions.
+    - `same="positive"`: the target of a row is uniform over the rows of its id. Equals the loss of UniCL (Yang et al.
+      2022) and, for ids that are classes, the outer form of SupCon (Khosla et al. 2020) across two modalities.
+    - `same="masked"`: other rows of its id are left out of a row's denominator, and of what smoothing is spread over.
+      A row with nothing else left costs 0.
+    - With ids that are all different both equal the loss without ids.
+
+    Gradients of the features are those of the sum of this over ranks (see `distributed`). ValueError, on all ranks, for
+    rows that do not match, also between ranks.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        x, y = (z if z.dtype == torch.float64 else z.float() for z in (x, y))
-        positives = torch.arange(len(x), device=x.device) + distributed.rank() * len(x)
-        x_to_y = F.cross_entropy(logit_scale * x @ distributed.gather(y).T, positives)
-        y_to_x = F.cross_entropy(logit_scale * y @ distributed.gather(x).T, positives)
-        return (x_to_y + y_to_x) / 2
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing should be at least 0 and below 1: {label_smoothing} given")
+    check_inputs(x, y, ids, f"InfoNCE with {same} pairs")
+    precision, device = product_dtype(x, y), x.device.type
+    with torch.autocast(device, enabled=False):
+        scale = logit_scale.to(sums_dtype(precision))
+        own = distributed.own_rows(x)
+        y = distributed.gather(y)
+        ids = None if ids is None else distributed.gather(ids)
+        excluded = (ids[own], ids) if ids is not None and same == "masked" else None
+        keep = len(x) * len(y) <= KEPT_LOGITS if keep_logits is None else keep_logits
+        partner, row, column = negatives(x, y, scale, precision, tile, keep, own.start, excluded)
+        column = distributed.logsumexp(column)[own]
+        losses = -(F.logsigmoid(partner - row) + F.logsigmoid(partner - column)) / 2
+        if label_smoothing or (ids is not None and same == "positive"):
+            shift = soft_partners(y.to(scale.dtype), own, label_smoothing, ids, masked=same == "masked")
+            losses = losses + scale * torch.linalg.vecdot(x.to(scale.dtype), shift)
+        # Infinite features could cost nothing; 0 times infinity is not a number.
+        return distributed.mean(losses.mean() + 0 * partner.mean())
 
 
 class InfoNCE(Loss):
@@ -38,10 +77,22 @@ class InfoNCE(Loss):
 
     pair: Annotated[tuple[str, str], Strict(False)] = ("image", "text")
     """The two towers that are aligned."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """The part of each target that is spread evenly over the batch."""
+    duplicates: Literal["negative", "positive", "masked"] = "negative"
+    """What two pairs of the same thing are to each other: as any others, positives too, or left out."""
 
     def needs(self) -> frozenset[str]:
-        return frozenset(f"{tower}_features" for tower in self.pair)
+        ids = () if self.duplicates == "negative" else ("ids",)
+        return frozenset([*(f"{tower}_features" for tower in self.pair), *ids])
 
     def __call__(self, features: Features) -> Tensor:
         x, y = (features.tensors[f"{tower}_features"] for tower in self.pair)
-        return info_nce(x, y, features.logit_scale)
+        return info_nce(
+            x,
+            y,
+            features.logit_scale,
+            label_smoothing=self.label_smoothing,
+            ids=None if self.duplicates == "negative" else features.ids,
+            same="masked" if self.duplicates == "masked" else "positive",
+        )
