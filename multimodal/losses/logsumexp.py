@@ -9,6 +9,11 @@ from torch.autograd.function import once_differentiable
 from multimodal.losses.gradients import Gradients, like
 from multimodal.losses.tiles import LOG2_E, Tiles, fit
 
+HEADROOM = 80
+"""A tile's powers are at most 2 to this, which leaves as much room below as above; sums of them are finite."""
+SPAN = 120
+"""If log-sum-exps of a tile are within this, so are the factors in its gradient, and what matters of its powers."""
+
 
 def negatives(
     x: Tensor,  # [n, D]
@@ -30,7 +35,11 @@ def negatives(
 
 
 class _Negatives(torch.autograd.Function):
-    """Logits are in units of log 2 here: exp2 is faster than exp, many times so where it underflows."""
+    """Logits are in units of log 2 here.
+
+    A logit has one power for its row and its column, relative to what the tile has in common. Where the range of the
+    numbers is too small for that, and where a look at them would have to wait for the device, it has two.
+    """
 
     @staticmethod
     def forward(
@@ -51,8 +60,9 @@ class _Negatives(torch.autograd.Function):
         tiles = Tiles(x, y, scale * LOG2_E, precision, tile, first, excluded, kept)
         memory = tiles.scratch()
         for i, j, logits in tiles:
-            rows.add(i, logits, 1, memory)
-            columns.add(j, logits, 0, memory)
+            if not _add_together(rows, columns, i, j, logits, memory):
+                rows.add_apart(i, logits, 1, memory)
+                columns.add_apart(j, logits, 0, memory)
         row_lse, column_lse = rows.result(), columns.result()
         ctx.settings = (precision, tile, first)
         ctx.save_for_backward(x, y, scale, row_lse, column_lse, kept, *(excluded or ()))
@@ -76,9 +86,10 @@ class _Negatives(torch.autograd.Function):
         tiles = Tiles(x, y, scale * LOG2_E, precision, tile, first, excluded, kept, filled=kept is not None)
         memory = tiles.scratch(), tiles.scratch()
         for i, j, logits in tiles:
-            of_rows, of_columns = (fit(one, (logits.shape[0], logits.shape[1])) for one in memory)
-            weights = torch.sub(logits, row_lse[i, None], out=of_rows).exp2_().mul_(row_grad[i, None])
-            weights.addcmul_(torch.sub(logits, column_lse[j], out=of_columns).exp2_(), column_grad[j])
+            given = (logits, row_lse[i], column_lse[j], row_grad[i], column_grad[j], memory)
+            weights = _weights_together(*given)
+            if weights is None:
+                weights = _weights_apart(*given)
             gradients.add(weights, i, j)
         x_grad, y_grad, scale_grad = gradients.result(scale, unit)
         x_grad, y_grad = like(x.dtype, x_grad), like(y.dtype, y_grad)
@@ -86,21 +97,83 @@ class _Negatives(torch.autograd.Function):
 
 
 class _Running:
-    """A log-sum-exp over numbers that come bit by bit, in units of log 2."""
+    """A log-sum-exp for each of many sums whose terms come bit by bit: 2^peaks sums."""
 
     def __init__(self, length: int, like: Tensor) -> None:
         self.peaks = like.new_full((length,), torch.finfo(like.dtype).min)
         self.sums = like.new_zeros(length)
 
-    def add(self, part: slice, logits: Tensor, dim: int, memory: Tensor) -> None:
-        """Take the logits along `dim` of a tile into the sums of a part."""
+    def add(self, part: slice, peaks: Tensor, sums: Tensor) -> None:
+        """Take 2^peaks sums into a part."""
         old = self.peaks[part]
-        peaks = logits.amax(dim).clamp_min_(torch.finfo(logits.dtype).min)
-        powers = torch.sub(logits, peaks.unsqueeze(dim), out=fit(memory, (logits.shape[0], logits.shape[1]))).exp2_()
         new = torch.maximum(old, peaks)
-        self.sums[part] = self.sums[part] * (old - new).exp2_() + powers.sum(dim) * (peaks - new).exp2_()
+        self.sums[part] = self.sums[part] * (old - new).exp2_() + sums * (peaks - new).exp2_()
         self.peaks[part] = new
+
+    def add_apart(self, part: slice, logits: Tensor, dim: int, memory: Tensor) -> None:
+        """Take a tile's logits along `dim` into a part, each sum relative to its own greatest."""
+        peaks = logits.amax(dim).clamp_min_(torch.finfo(logits.dtype).min)
+        powers = torch.sub(logits, peaks.unsqueeze(dim), out=_fit(memory, logits)).exp2_()
+        self.add(part, peaks, powers.sum(dim))
 
     def result(self) -> Tensor:
         """What came so far; -inf where nothing or only -inf came."""
         return self.peaks + self.sums.log2()
+
+
+def _add_together(rows: _Running, columns: _Running, i: slice, j: slice, logits: Tensor, memory: Tensor) -> bool:
+    """Take a tile's logits into rows and columns with one power each, if none of the sums is too small for that."""
+    if not _answers_at_once(logits):
+        return False
+    peak = (logits.amax() - HEADROOM).clamp_min_(torch.finfo(logits.dtype).min)
+    powers = torch.sub(logits, peak, out=_fit(memory, logits)).exp2_()
+    row_sums, column_sums = powers.sum(1), powers.sum(0)
+    smallest = torch.finfo(logits.dtype).tiny / torch.finfo(logits.dtype).eps ** 2
+    fits = bool(row_sums.min() > smallest) and bool(column_sums.min() > smallest)
+    if fits:
+        rows.add(i, peak, row_sums)
+        columns.add(j, peak, column_sums)
+    return fits
+
+
+def _weights_together(
+    logits: Tensor,  # [rows, columns] of a tile
+    row_lse: Tensor,  # [rows]
+    column_lse: Tensor,  # [columns]
+    row_grad: Tensor,  # [rows] at most 1
+    column_grad: Tensor,  # [columns] at most 1
+    memory: tuple[Tensor, Tensor],
+) -> Tensor | None:  # [rows, columns] gradients of the logits
+    """Softmax over the row and over the column times their gradients, from one power if the range allows it."""
+    if not _answers_at_once(logits):
+        return None
+    low, high = (min(row_lse.min(), column_lse.min()), max(row_lse.max(), column_lse.max()))
+    if not bool(high - low < SPAN):
+        return None
+    middle = (low + high) / 2
+    powers = torch.sub(logits, middle, out=_fit(memory[0], logits)).exp2_()
+    of_rows, of_columns = row_grad * (middle - row_lse).exp2_(), column_grad * (middle - column_lse).exp2_()
+    return powers.mul_(torch.add(of_rows[:, None], of_columns, out=_fit(memory[1], logits)))
+
+
+def _weights_apart(
+    logits: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    row_grad: Tensor,
+    column_grad: Tensor,
+    memory: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The same for any range."""
+    by_row = torch.sub(logits, row_lse[:, None], out=_fit(memory[0], logits)).exp2_()
+    by_column = torch.sub(logits, column_lse, out=_fit(memory[1], logits)).exp2_()
+    return by_row.mul_(row_grad[:, None]).addcmul_(by_column, column_grad)
+
+
+def _answers_at_once(x: Tensor) -> bool:
+    """Whether a question about values does not have to wait for the device."""
+    return x.device.type == "cpu"
+
+
+def _fit(memory: Tensor, tile: Tensor) -> Tensor:
+    return fit(memory, (tile.shape[0], tile.shape[1]))
