@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from multimodal.losses import logsumexp
 from multimodal.losses.infonce import info_nce
 from multimodal.losses.sigmoid import sigmoid_loss
 from multimodal.losses.tiles import Tiles, blocks
@@ -81,6 +82,28 @@ def test_what_is_saved_for_the_backward_grows_with_the_batch(
     assert 0 < saved_bytes(256) <= 4.1 * saved_bytes(64)
 
 
+class Calls:
+    """Counts how often a tile was taken together and how often apart, in the forward and in the backward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts = dict.fromkeys(("add_together", "add_apart", "weights_together", "weights_apart"), 0)
+        for owner, name in (
+            (logsumexp, "_add_together"),
+            (logsumexp._Running, "add_apart"),
+            (logsumexp, "_weights_together"),
+            (logsumexp, "_weights_apart"),
+        ):
+            monkeypatch.setattr(owner, name, self.counted(name.strip("_"), getattr(owner, name)))
+
+    def counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = function(*args)
+            self.counts[name] += result is not False and (result is not None or name == "add_apart")
+            return result
+
+        return call
+
+
 def far_apart(direction: str) -> tuple[Tensor, ...]:
     """Rows (or columns) of one tile between whose greatest logits there is more than float32 has room for."""
     generator = torch.Generator().manual_seed(0)
@@ -93,16 +116,61 @@ def far_apart(direction: str) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("direction", ["rows", "columns"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_rows_and_columns_far_below_the_rest_of_their_tile_are_as_accurate(direction: str, keep: bool) -> None:
+def test_rows_and_columns_far_below_the_rest_of_their_tile_are_as_accurate(
+    direction: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, y, scale, _ = inputs = far_apart(direction)
     greatest = (x @ y.T).fill_diagonal_(-torch.inf).amax(1 if direction == "rows" else 0)
-    assert greatest.max() - greatest.min() > 104, "exp of the difference should underflow in float32"
+    assert greatest.max() - greatest.min() > 200, "more than float32 has between its least and its greatest power"
+    calls = Calls(monkeypatch)
     exact = [z.detach().double().requires_grad_() for z in inputs[:3]]
     ours, truth = info_nce(x, y, scale, tile=TILE, keep_logits=keep), explicit_info_nce(*exact)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=0)
     for one, other in zip(torch.autograd.grad(ours, inputs[:3]), torch.autograd.grad(truth, exact), strict=True):
         rows, others = (z.view(len(z), -1) if z.ndim else z.view(1, 1) for z in (one.double(), other))
         assert ((rows - others).norm(dim=1) <= 1e-4 * others.norm(dim=1)).all()
+    assert calls.counts == {"add_together": 0, "add_apart": 2, "weights_together": 0, "weights_apart": 1}
+
+
+def test_a_backward_whose_sums_are_far_apart_may_follow_a_forward_whose_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of one tile have their greatest logit in another."""
+    x, y, scale, _ = (z.detach() for z in far_apart("columns"))
+    y = torch.cat([y[TILE // 2 :], y[: TILE // 2]])
+    x[: TILE // 2, 1:] *= 0.1
+    x[: TILE // 2, 0] = 0
+    inputs = [z.requires_grad_() for z in (x, y, scale)]
+    exact = [z.detach().double().requires_grad_() for z in inputs]
+    calls = Calls(monkeypatch)
+    ours, truth = info_nce(*inputs, tile=TILE // 2, keep_logits=False), explicit_info_nce(*exact)
+    for one, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(truth, exact), strict=True):
+        assert (one.double() - other).norm() <= 1e-4 * other.norm()
+    assert calls.counts["add_together"] == 4
+    assert calls.counts["weights_apart"] > 0
+
+
+def test_tiles_of_unit_features_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for scale in (1.0, 14.0, 100.0):
+        with monkeypatch.context() as patch:
+            calls = Calls(patch)
+            x, y, multiplier, _ = pairs(2 * TILE, 64, torch.float32)
+            multiplier.data.fill_(scale)
+            info_nce(x, y, multiplier, tile=TILE, keep_logits=False).backward()
+            assert calls.counts == {"add_together": 4, "add_apart": 0, "weights_together": 4, "weights_apart": 0}
+
+
+def test_where_a_look_would_wait_for_the_device_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = pairs(20)[:3]
+    together = info_nce(*inputs, tile=TILE)
+    expected = torch.autograd.grad(together, inputs)
+    monkeypatch.setattr(logsumexp, "_answers_at_once", lambda x: False)
+    calls = Calls(monkeypatch)
+    apart = info_nce(*inputs, tile=TILE)
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(apart, inputs), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert calls.counts == {"add_together": 0, "add_apart": 8, "weights_together": 0, "weights_apart": 4}
 
 
 @pytest.mark.parametrize("tiles", [1, 3])

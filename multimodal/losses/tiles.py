@@ -33,7 +33,7 @@ class Tiles:
         kept: Tensor | None = None,  # one row a tile, of `kept_shape`, in `precision`: where products are kept
         filled: bool = False,  # whether they are in there already
     ) -> None:
-        self.x, self.y, self.scale = x, y.to(precision), scale
+        self.x, self.y, self.scale = x.to(precision), y, scale
         self.precision, self.tile, self.first, self.excluded = precision, tile, first, excluded
         self.kept, self.filled = kept, filled
         self._tile = self.scratch()
@@ -51,16 +51,17 @@ class Tiles:
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
         numbers = count()
-        for rows in blocks(len(self.x), self.tile):
-            scaled = (self.x[rows].to(self.scale.dtype) * self.scale).to(self.precision)
-            for columns in blocks(len(self.y), self.tile):
+        for columns in blocks(len(self.y), self.tile):
+            # Products are faster with this operand laid out the other way round.
+            scaled = (self.y[columns].to(self.scale.dtype) * self.scale).to(self.precision).T.contiguous()
+            for rows in blocks(len(self.x), self.tile):
                 yield rows, columns, self._logits(scaled, rows, columns, next(numbers))
 
     def _logits(self, scaled: Tensor, rows: slice, columns: slice, number: int) -> Tensor:
-        shape = (len(scaled), columns.stop - columns.start)
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
         products = fit(self._products if self.kept is None else self.kept[number], shape)
         if not self.filled:
-            torch.mm(scaled, self.y[columns].T, out=products)
+            torch.mm(self.x[rows], scaled, out=products)
         elif products.dtype == self._tile.dtype:
             return products  # as they were yielded when they were filled in
         logits = products if products.dtype == self._tile.dtype else fit(self._tile, shape).copy_(products)
