@@ -87,6 +87,10 @@ def open_source(config: TrainConfig, problems: Problems) -> Source | None:
         if len(source) < config.global_batch_size:
             have, batch = f"{len(source):,} samples", config.global_batch_size
             raise ValueError(f"has {have}, fewer than one batch of global_batch_size={batch}")
+    for name, loss in config.loss.items():
+        with problems.at(f"loss.{name}"):
+            if source is not None and "label_ids" in loss.needs() and source.label(0) is None:
+                raise ValueError("needs classes, and the samples of this dataset have none: same_by=caption")
     return source
 
 

@@ -121,7 +121,7 @@ Findings = Iterator[tuple[str, str]]
 
 
 def _losses_find_their_towers(config: "TrainConfig") -> Findings:
-    provided = {"logit_scale", *(f"{tower}_features" for tower in config.towers)}
+    provided = {"logit_scale", "caption_ids", "label_ids", *(f"{tower}_features" for tower in config.towers)}
     if config.model.logit_bias is not None:
         provided.add("logit_bias")
     for name, loss in config.loss.items():

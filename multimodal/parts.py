@@ -213,7 +213,7 @@ class Loss(Part):
 
     @abstractmethod
     def needs(self) -> frozenset[str]:
-        """What it reads of `Features`: names of tensors, "logit_bias", "ids"; checked before the start."""
+        """What it reads of `Features`: names of tensors, "logit_bias", "caption_ids", "label_ids"; checked before."""
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor: ...

@@ -237,11 +237,12 @@ def test_the_term_aligns_the_pair_that_it_names() -> None:
 
 
 @pytest.mark.parametrize("duplicates", ["negative", "positive", "masked"])
-def test_the_term_does_with_duplicates_as_it_is_told(duplicates: Any) -> None:
+@pytest.mark.parametrize("same_by", ["caption", "label"])
+def test_the_term_does_with_duplicates_as_it_is_told(duplicates: Any, same_by: Any) -> None:
     x, y, scale, _ = pairs(6)
     ids = some_ids(6)
-    term = InfoNCE(label_smoothing=0.1, duplicates=duplicates)
-    features = Features({"image_features": x, "text_features": y}, scale, ids=ids)
+    term = InfoNCE(label_smoothing=0.1, duplicates=duplicates, same_by=same_by)
+    features = Features({"image_features": x, "text_features": y}, scale, ids={"other": ids[:1], same_by: ids})
     asked: dict[str, Any] = {} if duplicates == "negative" else {"ids": ids, "same": duplicates}
-    assert ("ids" in term.needs()) == (duplicates != "negative")
+    assert (f"{same_by}_ids" in term.needs()) == (duplicates != "negative")
     torch.testing.assert_close(term(features), explicit_info_nce(x, y, scale, 0.1, **asked))

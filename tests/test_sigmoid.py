@@ -155,7 +155,7 @@ def test_the_term_does_with_duplicates_as_it_is_told(duplicates: Any, exchange: 
     x, y, scale, bias = pairs(6)
     ids = some_ids(6)
     term = Sigmoid(pair=("audio", "text"), duplicates=duplicates, exchange=exchange)
-    features = Features({"audio_features": x, "text_features": y}, scale, bias, ids)
+    features = Features({"audio_features": x, "text_features": y}, scale, bias, {"caption": ids})
     asked: dict[str, Any] = {} if duplicates == "negative" else {"ids": ids, "same": duplicates}
-    assert term.needs() == {"audio_features", "text_features", "logit_bias"} | ({"ids"} if asked else set())
+    assert term.needs() == {"audio_features", "text_features", "logit_bias"} | ({"caption_ids"} if asked else set())
     torch.testing.assert_close(term(features), explicit_sigmoid(x, y, scale, bias, **asked))

@@ -1,19 +1,19 @@
 """InfoNCE, the loss of CLIP."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, Strict
+from pydantic import Field
 from torch import Tensor
 
 from multimodal import distributed
 from multimodal.batch import Features
 from multimodal.losses.inputs import check_inputs
 from multimodal.losses.logsumexp import negatives
+from multimodal.losses.pairs import PairLoss
 from multimodal.losses.targets import soft_partners
 from multimodal.losses.tiles import TILE, product_dtype, sums_dtype
-from multimodal.parts import Loss
 
 KEPT_LOGITS = 4096**2
 """So many logits of a rank are kept for the backward (64 MiB in float32) rather than computed again."""
@@ -72,27 +72,12 @@ def info_nce(
         return distributed.mean(losses.mean() + 0 * partner.mean())
 
 
-class InfoNCE(Loss):
+class InfoNCE(PairLoss):
     """Symmetric cross-entropy of matching pairs against all others in the batch, as in CLIP."""
 
-    pair: Annotated[tuple[str, str], Strict(False)] = ("image", "text")
-    """The two towers that are aligned."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """The part of each target that is spread evenly over the batch."""
-    duplicates: Literal["negative", "positive", "masked"] = "negative"
-    """What two pairs of the same thing are to each other: as any others, positives too, or left out."""
-
-    def needs(self) -> frozenset[str]:
-        ids = () if self.duplicates == "negative" else ("ids",)
-        return frozenset([*(f"{tower}_features" for tower in self.pair), *ids])
 
     def __call__(self, features: Features) -> Tensor:
-        x, y = (features.tensors[f"{tower}_features"] for tower in self.pair)
-        return info_nce(
-            x,
-            y,
-            features.logit_scale,
-            label_smoothing=self.label_smoothing,
-            ids=None if self.duplicates == "negative" else features.ids,
-            same="masked" if self.duplicates == "masked" else "positive",
-        )
+        targets = self.targets(features)
+        return info_nce(*self.features(features), features.logit_scale, label_smoothing=self.label_smoothing, **targets)

@@ -1,11 +1,10 @@
 """The sigmoid loss of SigLIP."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Strict
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,9 +12,10 @@ from multimodal import distributed
 from multimodal.batch import Features
 from multimodal.losses.gradients import Gradients, like
 from multimodal.losses.inputs import check_inputs
+from multimodal.losses.pairs import PairLoss
 from multimodal.losses.softplus import sum_softplus
 from multimodal.losses.tiles import TILE, Tiles, fit, partners, product_dtype, sums_dtype
-from multimodal.parts import Loss, Operational
+from multimodal.parts import Operational
 
 
 def sigmoid_loss(
@@ -145,29 +145,17 @@ def _pairs(
     return sums
 
 
-class Sigmoid(Loss):
+class Sigmoid(PairLoss):
     """Each pair of the batch by itself is told to match or not, as in SigLIP. Needs `model.logit_bias`."""
 
-    pair: Annotated[tuple[str, str], Strict(False)] = ("image", "text")
-    """The two towers that are aligned."""
-    duplicates: Literal["negative", "positive", "masked"] = "negative"
-    """What two pairs of the same thing are to each other: as any others, positives too, or left out."""
     exchange: Operational[Literal["gather", "ring"]] = "gather"
     """Whether ranks gather all rows of one tower, or pass them round, which takes less memory and more messages."""
 
     def needs(self) -> frozenset[str]:
-        ids = () if self.duplicates == "negative" else ("ids",)
-        return frozenset([*(f"{tower}_features" for tower in self.pair), "logit_bias", *ids])
+        return super().needs() | {"logit_bias"}
 
     def __call__(self, features: Features) -> Tensor:
-        x, y = (features.tensors[f"{tower}_features"] for tower in self.pair)
         assert features.logit_bias is not None
-        return sigmoid_loss(
-            x,
-            y,
-            features.logit_scale,
-            features.logit_bias,
-            ids=None if self.duplicates == "negative" else features.ids,
-            same="masked" if self.duplicates == "masked" else "positive",
-            exchange=self.exchange,
-        )
+        x, y = self.features(features)
+        targets = self.targets(features)
+        return sigmoid_loss(x, y, features.logit_scale, features.logit_bias, exchange=self.exchange, **targets)

@@ -1,0 +1,42 @@
+"""What the losses over all pairs of two towers' features have in common."""
+
+from abc import ABC
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import Strict
+from torch import Tensor
+
+from multimodal.batch import Features
+from multimodal.parts import Loss
+
+
+class Targets(TypedDict):
+    """Arguments of the functions, for rows that are the same thing."""
+
+    ids: Tensor | None
+    same: Literal["positive", "masked"]
+
+
+class PairLoss(Loss, ABC):
+    """A term that compares every row of one tower with every row of another, over the global batch."""
+
+    pair: Annotated[tuple[str, str], Strict(False)] = ("image", "text")
+    """The two towers that are aligned."""
+    duplicates: Literal["negative", "positive", "masked"] = "negative"
+    """What two pairs of the same thing are to each other: negatives as any others, positives too, or left out."""
+    same_by: Literal["caption", "label"] = "caption"
+    """What makes two pairs the same thing: equal captions, or equal classes, where the samples have some."""
+
+    def needs(self) -> frozenset[str]:
+        ids = () if self.duplicates == "negative" else (f"{self.same_by}_ids",)
+        return frozenset([*(f"{tower}_features" for tower in self.pair), *ids])
+
+    def features(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Of the two towers, [b, D] each."""
+        x, y = (features.tensors[f"{tower}_features"] for tower in self.pair)
+        return x, y
+
+    def targets(self, features: Features) -> Targets:
+        """Which rows are the same thing, and what that means."""
+        ids = None if self.duplicates == "negative" else features.ids[self.same_by]
+        return {"ids": ids, "same": "masked" if self.duplicates == "masked" else "positive"}
