@@ -127,3 +127,50 @@ def test_an_error_that_is_no_bad_sample_is_not_swallowed() -> None:
 
     with pytest.raises(ZeroDivisionError):
         read(Faulty())
+
+
+class Words(Source):
+    """Sample i says one of five words, and is of one of two classes."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(f"word/{index}", {"text": self.captions(index), "number": index})
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"word {index % 5}",)
+
+    def label(self, index: int) -> int:
+        return index % 2
+
+
+class Letters:
+    """The bytes of a text."""
+
+    num_truncated = 0
+
+    def __call__(self, value: tuple[str, ...], rng: Random | None) -> Tensor:
+        return torch.tensor(list(value[0].encode()))
+
+    def save(self, folder: Path) -> None: ...
+
+
+def same_rows(ids: Tensor) -> Tensor:
+    return torch.eq(ids[:, None], ids)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_rows_of_one_caption_or_class_have_one_id(kept: bool) -> None:
+    readers = {"text": Reader("text", Letters()), "other": Reader("number", Noisy())}
+    features = {"text": lambda index: torch.zeros(2)} if kept else {}
+    order = Batches(SAMPLES, 1, SAMPLES, 0, 1, 0, 1)
+    (batch,) = training_batches(Words(), readers, order, 1, 0, features)
+    assert torch.equal(same_rows(batch.ids["caption"]), same_rows(batch.indices % 5))
+    assert torch.equal(batch.ids["label"], batch.indices % 2)
+
+
+def test_samples_without_captions_are_all_different() -> None:
+    for batch in read(Numbers()):
+        assert len(set(batch.ids["caption"].tolist())) == BATCH
+        assert "label" not in batch.ids

@@ -72,7 +72,8 @@ class _Rows(Dataset[_Row]):
     def _ids(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """What a row has in common with others, as numbers: the caption that was drawn, and the class."""
         tokens = [inputs[name] for name, reader in self.readers.items() if reader.reads == "text"]
-        told = [text.numpy().tobytes() for text in tokens] or [self.source.captions(index)[0].encode()]
+        captions = [caption.encode() for caption in self.source.captions(index)[:1]] if not tokens else []
+        told = [text.numpy().tobytes() for text in tokens] or captions or [str(index).encode()]
         digest = blake2b(b"".join(told), digest_size=8).digest()
         label = self.source.label(index)
         found = {"caption": int.from_bytes(digest, "big", signed=True)}
