@@ -229,13 +229,13 @@ def main() -> None:
     """Print tables, draw curves, then print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, help="batches to measure")
-    parser.add_argument("--quick", action="store_true", help="three rounds of small batches")
+    parser.add_argument("--quick", action="store_true", help="two rounds of small batches")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/contrastive_loss.png"), help="for the curves")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     sizes = asked.sizes or ([1024, 4096] if asked.quick else [1024, 2048, 4096, 8192, 16384, 32768])
     # What the peer takes grows with the square: few rounds of large batches.
-    rounds = {size: 3 if asked.quick else 7 if size <= 4096 else 3 if size <= 8192 else 1 for size in sizes}
+    rounds = {size: 2 if asked.quick else 7 if size <= 4096 else 3 if size <= 8192 else 1 for size in sizes}
     memory = measure_memory(sizes)
     if not asked.sizes and not asked.quick:
         name, size = "infonce_tiled_fp32", 65536
