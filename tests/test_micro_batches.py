@@ -1,27 +1,30 @@
 """The laws of micro-batches: the gradient is that of the whole batch, with the memory of a part of it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from explicit import explicit_info_nce, explicit_sigmoid
 from torch import Tensor, nn
 
 from multimodal import memory
 from multimodal.batch import Batch, Features
 from multimodal.config import ModelSection, RunError
 from multimodal.losses.infonce import InfoNCE
+from multimodal.losses.sigmoid import Sigmoid
 from multimodal.memory import Peak, micro_batch_that_fits, running_out_is_explained
 from multimodal.model import Model
 from multimodal.parts import Loss, TowerModule
 from multimodal.step import _random_seed, has_batch_norm, training_step
 
-ROWS, INPUTS, WIDTH = 11, 5, 8
+ROWS, INPUTS, WIDTH = 12, 5, 8
 FP32 = torch.autocast("cpu", enabled=False)
 SEED = (3, 7)
-SIZES = [None, 1, 4, 6, 11, 100]
+SIZES = [None, 1, 4, 5, 12, 100]
 
 
 class Noisy(TowerModule):
@@ -88,26 +91,34 @@ class Recorder(torch.optim.SGD):
         self.grads = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
-def gradients(one: Model, data: Batch, size: int | None) -> tuple[dict[str, Tensor], float]:
+def gradients(
+    one: Model, data: Batch, size: int | None, losses: Mapping[str, Loss] = LOSSES
+) -> tuple[dict[str, Tensor], float]:
     recorder = Recorder(one.parameters(), lr=1)
-    measured = training_step(one, LOSSES, recorder, data, FP32, None, size, SEED)
+    measured = training_step(one, losses, recorder, data, FP32, None, size, SEED)
     named = zip((name for name, _ in one.named_parameters()), recorder.grads, strict=True)
     return {name: grad for name, grad in named if grad is not None}, float(measured["loss"])
 
 
-def joint(one: Model, data: Batch, size: int | None) -> tuple[dict[str, Tensor], float]:
-    """One graph over the whole batch, its chunks under the same random states, and one backward."""
+def all_terms(features: Features) -> Tensor:
+    return torch.stack([term.weight * term(features) for term in LOSSES.values()]).sum()
+
+
+def joint(
+    one: Model, data: Batch, size: int | None, objective: Callable[[Features], Tensor] = all_terms, ranks: int = 1
+) -> tuple[dict[str, Tensor], float]:
+    """One graph over the batch of all ranks, their chunks under the same random states, and one backward."""
     parts: dict[str, list[Tensor]] = {}
+    share = ROWS // ranks
     for place, tower in enumerate(one.towers):
-        for start in range(0, ROWS, size or ROWS):
-            torch.manual_seed(_random_seed(*SEED, 0, place, start))
-            rows = slice(start, start + (size or ROWS))
+        for rank, start in product(range(ranks), range(0, share, size or share)):
+            torch.manual_seed(_random_seed(*SEED, rank, place, start))
+            rows = slice(rank * share + start, rank * share + min(start + (size or share), share))
             given = data.pooled if tower in data.pooled else data.inputs
             encode = one.project if tower in data.pooled else one.encode
             parts.setdefault(f"{tower}_features", []).append(encode(tower, given[tower][rows]))
     features = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    given_to_losses = Features(features, one.logit_scale.exp(), one.logit_bias, data.ids)
-    loss = torch.stack([term.weight * term(given_to_losses) for term in LOSSES.values()]).sum()
+    loss = objective(Features(features, one.logit_scale.exp(), one.logit_bias, data.ids))
     loss.backward()
     return {name: p.grad for name, p in one.named_parameters() if p.grad is not None}, loss.item()
 
@@ -155,6 +166,34 @@ CASES: dict[str, Callable[[Model, Batch], Batch]] = {
 def test_gradients_are_those_of_one_joint_backward_with_dropout_on(case: str, size: int | None) -> None:
     ours, theirs = model(), model()
     assert_same(gradients(ours, CASES[case](ours, batch()), size), joint(theirs, CASES[case](theirs, batch()), size))
+
+
+PAIR_LOSSES: dict[str, Loss] = {
+    "infonce": InfoNCE(),
+    "infonce smoothed": InfoNCE(label_smoothing=0.1),
+    "infonce positive": InfoNCE(duplicates="positive"),
+    "infonce masked smoothed": InfoNCE(duplicates="masked", label_smoothing=0.1),
+    "sigmoid": Sigmoid(),
+    "sigmoid positive": Sigmoid(duplicates="positive"),
+    "sigmoid masked in a ring": Sigmoid(duplicates="masked", exchange="ring"),
+}
+
+
+def by_definition(loss: Loss, features: Features) -> Tensor:
+    """A loss on the whole B x B matrix."""
+    assert isinstance(loss, InfoNCE | Sigmoid)
+    (x, y), targets = loss.features(features), loss.targets(features)
+    if isinstance(loss, InfoNCE):
+        return explicit_info_nce(x, y, features.logit_scale, loss.label_smoothing, **targets)
+    assert features.logit_bias is not None
+    return explicit_sigmoid(x, y, features.logit_scale, features.logit_bias, **targets)
+
+
+@pytest.mark.parametrize(("name", "size"), list(product(PAIR_LOSSES, [1, 4, 5])))
+def test_gradients_of_each_loss_are_those_of_its_definition(name: str, size: int) -> None:
+    loss = PAIR_LOSSES[name]
+    ours = gradients(model(), batch(), size, {"loss": loss})
+    assert_same(ours, joint(model(), batch(), size, partial(by_definition, loss)))
 
 
 def test_without_dropout_the_size_changes_nothing() -> None:

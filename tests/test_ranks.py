@@ -4,9 +4,11 @@ import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import pytest
+import test_micro_batches as micro
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -207,6 +209,28 @@ def test_training_on_two_ranks_is_training_on_one(tower: ImageTower, micro_batch
     for found in on_ranks(2, _train, tower, images, micro_batch_size):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def _steps(sizes: list[int | None]) -> list[tuple[dict[str, Tensor], float]]:
+    """The gradients of a step of every loss over pairs, in micro-batches of some sizes, with dropout."""
+    data = micro.batch()
+    inputs, ids = ({k: mine(x) for k, x in given.items()} for given in (data.inputs, data.ids))
+    share = Batch(inputs, mine(data.indices), ids)
+    losses = micro.PAIR_LOSSES.values()
+    return [micro.gradients(micro.model(), share, size, {"loss": loss}) for loss, size in product(losses, sizes)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_micro_batches_on_ranks_have_the_gradient_of_the_definition(ranks: int) -> None:
+    sizes: list[int | None] = [None, 1, 2, 4]
+    losses = micro.PAIR_LOSSES.values()
+    expected = [
+        micro.joint(micro.model(), micro.batch(), size, partial(micro.by_definition, loss), ranks)
+        for loss, size in product(losses, sizes)
+    ]
+    for found in on_ranks(ranks, _steps, sizes):
+        for ours, theirs in zip(found, expected, strict=True):
+            micro.assert_same(ours, theirs)
 
 
 def _lent_gradient(x: Tensor) -> Tensor:
