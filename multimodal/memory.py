@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from multimodal import distributed
 from multimodal.batch import Batch
-from multimodal.config import RunError
+from multimodal.config import RunError, TrainConfig
 from multimodal.model import Model
 from multimodal.step import has_batch_norm, tower_passes
 
@@ -64,6 +64,16 @@ def free_bytes(device: torch.device) -> int:
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_micro_batches(model: Model, config: TrainConfig) -> None:
+    """ValueError if micro-batches would not compute what the whole batch does."""
+    size, rows = config.micro_batch_size, config.global_batch_size // distributed.world_size()
+    if isinstance(size, int) and size < rows and has_batch_norm(model):
+        raise ValueError(
+            "the statistics of a batch norm are those of the whole batch, which micro-batches do not see: null, a "
+            "tower without batch norm, or one that is frozen"
+        )
 
 
 def micro_batch_that_fits(model: Model, batch: Batch, context: torch.autocast) -> int:

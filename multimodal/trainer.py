@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +30,7 @@ from multimodal.assemble import (
 )
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
+from multimodal.clock import Clock
 from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
@@ -38,10 +39,10 @@ from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
 from multimodal.interop.weights import checkpoint_of, initialise
 from multimodal.kept_features import check_kept_features, keep_features
-from multimodal.memory import micro_batch_that_fits, running_out_is_explained
+from multimodal.memory import check_micro_batches, micro_batch_that_fits, running_out_is_explained
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
-from multimodal.step import has_batch_norm, training_step
+from multimodal.step import training_step
 from multimodal.tracker import METRICS, SUMMARY, RunLog
 from multimodal.units import Cadence
 
@@ -53,35 +54,6 @@ LINES = 20
 """How many lines a run prints on its progress where there is no terminal for a bar."""
 PATIENCE = 2.0
 """Seconds after a stop signal from which on a second one is obeyed at once."""
-
-
-@dataclass
-class Clock:
-    """The wall time of training since the last log entry, without evaluating and saving."""
-
-    started: float = field(default_factory=time.monotonic)
-    waited: float = 0.0
-    """Seconds of it that were spent waiting for data."""
-    steps: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self.started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside does not count."""
-        started = time.monotonic()
-        yield
-        self.started += time.monotonic() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What is done inside counts as waiting for data."""
-        started = time.monotonic()
-        yield
-        self.waited += time.monotonic() - started
 
 
 class Trainer:
@@ -150,13 +122,8 @@ class Trainer:
         self.assembled = assemble(config, source, last, started_from)
         self.model = self.assembled.model
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
-        size, rows = config.micro_batch_size, config.global_batch_size // distributed.world_size()
         with problems.at("micro_batch_size"):
-            if isinstance(size, int) and size < rows and has_batch_norm(self.model):
-                raise ValueError(
-                    "the statistics of a batch norm are those of the whole batch, which micro-batches do not see: "
-                    "null, a tower without batch norm, or one that is frozen"
-                )
+            check_micro_batches(self.model, config)
         with problems.at("towers"):
             self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, tunings))
         problems.report()
