@@ -255,6 +255,7 @@ OPERATIONAL: dict[str, tuple[str, object]] = {
     "paths": ("paths.datasets", "elsewhere"),
     "duration": ("duration", "9steps"),
     "device": ("device", "auto"),
+    "micro_batch_size": ("micro_batch_size", 4),
     "workers": ("workers", 3),
     "max_broken": ("max_broken", 0.5),
     "evals": ("evals", {"other": {"_target_": "multimodal.evals.retrieval.Retrieval"}}),
