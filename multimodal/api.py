@@ -24,6 +24,7 @@ from multimodal.interop import architectures
 from multimodal.interop.weights import initialise
 from multimodal.model import Model
 from multimodal.parts import BadSample
+from multimodal.resolve import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -274,9 +275,13 @@ def open_clip(
     FileNotFoundError, says what there is.
     """
     place = device_of(device)
-    tagged = weights is not None and str(weights) in architectures.tags(architecture)
+    known = architectures.tags(architecture)
+    tagged = weights is not None and str(weights) in known
     described = architectures.architecture(architecture, str(weights) if tagged else None)
     section = ModelSection(**{"max_logit_scale": 100.0, "learn_logit_scale": True, **described.model})
+    if weights is not None and not tagged and not Path(weights).exists():
+        have, near = ", ".join(known) or "none", did_you_mean(str(weights), known)
+        raise ValueError(f"weights '{weights}' are no file, and no tag of {architecture}; tags are: {have}.{near}")
     readers, model = build(described.towers, section, Keep(), list, None)
     if weights is not None:
         source = f"open_clip:{architecture}/{weights}" if tagged else str(weights)

@@ -102,6 +102,8 @@ class Embeddings:
         self.parts.mkdir(parents=True, exist_ok=True)
         write_json(self.parts / FACTS, self.facts)
         total = len(self.rows.ids)
+        if begun := len([*self.parts.glob("*.npz")]):
+            logger.info("continues: %d parts are there already", begun)
         files = []
         with tqdm(total=total, desc="embedded", unit="", disable=None) as bar:
             for start in range(0, total, chunk):

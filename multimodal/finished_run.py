@@ -8,6 +8,7 @@ from pydantic import Field
 
 from multimodal import checkpoint
 from multimodal.config import Config, ConfigError, PathsSection
+from multimodal.resolve import did_you_mean
 
 
 class FinishedRun(Config):
@@ -29,6 +30,10 @@ class FinishedRun(Config):
 
     def find_checkpoint(self) -> Path:
         """The checkpoint's folder; ConfigError says what there is."""
+        if not self.folder.is_dir():
+            have = [path.name for path in Path(self.paths.runs).glob("*") if checkpoint.steps(path)]
+            told = f"there is no run '{self.run}' in {self.paths.runs}.{did_you_mean(self.run, have)}"
+            raise ConfigError([("run", told)])
         try:
             return checkpoint.find(self.folder, str(self.checkpoint))
         except (FileNotFoundError, ValueError) as error:

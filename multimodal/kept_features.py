@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from multimodal.data.loader import Reader, read_inputs
 from multimodal.data.views import Inputs
 from multimodal.files import write_json
 from multimodal.parts import BadSample, Source
+
+logger = logging.getLogger(__name__)
 
 FOLDER, BATCH = "features", 256
 PROBES = 16
@@ -50,6 +53,9 @@ def keep_features(config: TrainConfig, assembled: Assembled, source: Source) -> 
             path = config.folder / FOLDER / f"{name}.npy"
             made_of = _fingerprint(name, config, assembled, source)
             if not distributed.on_first_rank(partial(_is_there, path, made_of)):
+                logger.info(
+                    "computes the features of tower %s of %d samples, to be kept in %s", name, len(source), path
+                )
                 _compute(name, config, assembled, source, path, made_of)
             kept[name] = KeptFeatures(path)
     return kept

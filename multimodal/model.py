@@ -95,6 +95,8 @@ class Model(nn.Module):
         return list(self.towers[tower].parameters())
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by tower, and in all."""
+        """Parameters by tower, in all, and those that are "trained", where some are not."""
         counts = {tower: sum(p.numel() for p in self.tower_parameters(tower)) for tower in self.towers}
-        return {**counts, "total": sum(p.numel() for p in self.parameters())}
+        total = sum(p.numel() for p in self.parameters())
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {**counts, "total": total, **({"trained": trained} if trained < total else {})}

@@ -150,7 +150,7 @@ class Wandb(Tracker):
         mirror.define_metric("samples")
         mirror.define_metric("eval/*", step_metric="samples")
         if mode == "offline":
-            logger.info("W&B is offline; to upload this run: wandb sync %s", Path(mirror.dir).parent)
+            logger.info("W&B is offline; to upload this run: uv run wandb sync %s", Path(mirror.dir).parent)
             for row in run.history:  # an offline run cannot be continued: each start writes it whole
                 mirror.log(row, step=int(row["step"]))
         return _WandbMirror(mirror)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, composed
+from PIL import Image
 from test_hf_text import make_config, make_tokenizer
 
 from multimodal.assemble import assemble
 from multimodal.cli import CONF
 from multimodal.config import TrainConfig, check
 from multimodal.export.card import write_card
-from multimodal.export.exported import Exported, Record, read_record
+from multimodal.export.exported import Exported, Record, pictures, read_record
 from multimodal.export.huggingface import HuggingFace
 from multimodal.export.onnx import Onnx
 from multimodal.export.open_clip import OpenClip
@@ -119,6 +120,33 @@ def test_a_difference_is_seen(form: str, tmp_path: Path) -> None:
     assert form == "sentence_transformers" or differences["logit scale"] > 1e-3
     assert differences["image features"] > 1e-4
     assert differences["text features"] > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["default", "resnet"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_a_card_says_gives_our_numbers(
+    form: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if model in REFUSED[form]:
+        return
+    taken, folder = exported(model, tmp_path), tmp_path / "moved"
+    folder.mkdir()
+    usage = FORMATS[form].write(taken, folder)
+    image = pictures()[1]
+    image.save(tmp_path / "a.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "onnx_model", raising=False)
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        exec(usage.replace("FOLDER", str(folder)), found)
+        pixels = taken.readers["image"].preprocessor(Image.open("a.jpg"), None)[None]
+        ids = torch.stack([taken.text(text, None) for text in ("a photo of a cat", "a photo of a dog")])
+        cosines = taken.model.encode("image", pixels) @ taken.model.encode("text", ids).T
+    theirs = torch.as_tensor(found["probabilities" if form == "huggingface" else "cosines"])
+    ours = (taken.logit_scale * cosines).softmax(-1) if form == "huggingface" else cosines
+    torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-5)
 
 
 def test_the_onnx_program_needs_nothing_of_ours(tmp_path: Path) -> None:

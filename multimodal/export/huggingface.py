@@ -32,10 +32,14 @@ LEGACY_END = 2
 """Of old configurations, for which transformers takes the highest id for the end token."""
 
 USAGE = """\
+from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
 model = CLIPModel.from_pretrained("FOLDER")
-processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # resizes images as in training"""
+processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # resizes images as in training
+texts = ["a photo of a cat", "a photo of a dog"]
+inputs = processor(images=[Image.open("a.jpg")], text=texts, padding=True, truncation=True, return_tensors="pt")
+probabilities = model(**inputs).logits_per_image.softmax(dim=-1)"""
 
 
 class HuggingFace(Format):
@@ -119,7 +123,8 @@ def _different_ids(exported: Exported, ids: Tensor) -> float:
 def _expressible(exported: Exported) -> tuple[ViT, TextTransformer]:
     image, text = exported.towers
     if not isinstance(image, ViT) or image.pool != "tok" or not image.norm_first or image.norm_after_pool:
-        raise ValueError("CLIPModel has a vision transformer with class token for images; to=open_clip can do others")
+        told = f"CLIPModel has a vision transformer with class token for images, this model {type(image).__name__}"
+        raise ValueError(f"{told}; to=open_clip can do others, and so can onnx and sentence_transformers")
     if not isinstance(text, TextTransformer) or not text.causal or text.pool != "end":
         raise ValueError("CLIPModel has a causal transformer with end token for text; to=open_clip can do others")
     if image.projection != "linear" or text.projection != "linear" or image.layer_scale or text.layer_scale:

@@ -15,10 +15,15 @@ from multimodal.towers.hf_text import HFText
 
 USAGE = """\
 import open_clip
+from PIL import Image
 
 place = "local-dir:FOLDER"
 model, _, preprocess = open_clip.create_model_and_transforms(place, require_pretrained=True)
-tokenizer = open_clip.get_tokenizer(place)"""
+tokenizer = open_clip.get_tokenizer(place)
+model.eval()  # open_clip leaves it in training mode
+images = model.encode_image(preprocess(Image.open("a.jpg"))[None], normalize=True)
+texts = model.encode_text(tokenizer(["a photo of a cat", "a photo of a dog"]), normalize=True)
+cosines = images @ texts.T"""
 
 
 class OpenClip(Format):

@@ -114,7 +114,7 @@ def tag(architecture: str, name: str) -> Path:
         why = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{SCHEME}{architecture}/{name} cannot be downloaded from {place} ({why}); on a machine without network, "
-            "bring the file there and set init.weights to its path"
+            "bring the file there and give its path instead (init.weights=PATH)"
         ) from None
 
 
