@@ -91,7 +91,8 @@ def ours(micro_batch_size: int | None) -> Gradients:
     one, given = model(), inputs()
     keeper, losses = Keeper(one.parameters(), lr=1.0), dict[str, Loss](infonce=InfoNCE())
     batch = Batch(given, torch.arange(len(given["image"])))
-    training_step(one, losses, keeper, batch, torch.autocast("cpu", enabled=False), None, micro_batch_size)
+    context = torch.autocast("cpu", enabled=False)
+    training_step(one, losses, keeper, batch, context, None, micro_batch_size, (0, 0))
     return dict(zip((name for name, _ in one.named_parameters()), keeper.kept, strict=True))
 
 

@@ -41,8 +41,6 @@ class TrainerState(BaseModel):
     precision: str
     """What precision=auto means here."""
     total_steps: int
-    micro_batch_size: int | None = None
-    """What micro_batch_size=auto found."""
     step: int = 0
     best_of: str | None = None
     """The metric that checkpoints are judged by, and whether more of it is better: "eval/shapes/top1 max"."""

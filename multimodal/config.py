@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from multimodal.parts import (
     Augment,
@@ -182,6 +182,12 @@ def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Findings:
             yield path, f"should be in steps, epochs or samples, got {cadence}"
 
 
+def _rows_at_a_time(value: Any) -> Any:
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"should be a positive number, auto or null, got {value!r}")
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -210,9 +216,10 @@ class TrainConfig(Config):
     """How long the learning rate rises: a duration, or a share of the run's, such as 5%."""
     global_batch_size: int = Field(ge=2)
     """Pairs in a step, over all ranks."""
-    micro_batch_size: Operational[Annotated[int, Field(gt=0)] | Literal["auto"] | None] = None
-    """Pairs that the towers of a rank work on at a time: the gradient is that of the whole batch all the same, with the
-    memory of so many, for a second forward pass. auto finds the most that fit; null is all of a rank's."""
+    micro_batch_size: Operational[Annotated[int | Literal["auto"] | None, BeforeValidator(_rows_at_a_time)]] = None
+    """Pairs that the towers of a rank work on at a time: the gradient is that of the whole batch all the same (with
+    other random masks, where towers draw some), with the memory of so many, for a second forward pass. auto finds the
+    most that fit; null is all of a rank's."""
     max_grad_norm: float | None = Field(gt=0)
     """Gradients are scaled down to this norm; null for no limit."""
     precision: Literal["auto", "fp32", "bf16"]

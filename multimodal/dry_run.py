@@ -7,6 +7,7 @@ from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.evals.figures import batch_sheet
 from multimodal.kept_features import check_kept_features
+from multimodal.memory import check_micro_batches
 from multimodal.run_folder import config_text
 from multimodal.towers.images import ImagePreprocessor
 from multimodal.towers.text import TextPreprocessor
@@ -25,6 +26,9 @@ def dry_run(config: TrainConfig) -> None:
     problems.report()
     assert source is not None
     assembled = assemble(config, source, None)
+    with problems.at("micro_batch_size"):
+        check_micro_batches(assembled.model, config)
+    problems.report()
     order = Batches(len(source), config.seed, config.global_batch_size, 0, 1, start=0, stop=1)
     batch = next(training_batches(source, assembled.readers, order, config.seed, config.workers))
     if distributed.rank() != 0:

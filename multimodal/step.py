@@ -5,6 +5,8 @@ micro-batches the towers run twice. First without gradient: features only, of th
 and its gradient with respect to these features follow. Then with gradient, chunk by chunk again: each chunk's features
 meet the gradient that was kept for them, and its activations are gone before the next one's.
 
+Where towers draw random masks, the second pass draws those of the first; chunks of another size draw others.
+
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache).
 """
 
@@ -15,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from multimodal import distributed
@@ -25,7 +26,7 @@ from multimodal.parts import Loss
 
 
 class Chunk(NamedTuple):
-    """Some rows of one tower's inputs, with the random state that it meets them in."""
+    """Some rows of one tower's inputs, and the seed of the random masks that they get."""
 
     tower: str
     rows: slice
@@ -39,28 +40,29 @@ def training_step(
     batch: Batch,  # on the model's device
     context: torch.autocast,  # of the towers
     max_grad_norm: float | None,
-    micro_batch_size: int | None = None,  # rows that a tower keeps the activations of; None for all of them
-    seed: tuple[int, int] = (0, 0),  # of the run, and the step
+    micro_batch_size: int | None,  # rows that a tower keeps the activations of; None for all of them
+    seed: tuple[int, int],  # of the run, and the step
 ) -> dict[str, Tensor]:
     """Update the model by one batch; returns scalars on the device, so that nothing waits for it.
 
-    A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0.
+    A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0. On several
+    ranks the gradient of a feature sums what every rank's loss makes of it; parameters average theirs over ranks.
     """
-    chunks = list(_chunks(model, batch, micro_batch_size, seed))
-    whole = len(chunks) == len(model.towers)
-    if whole:
+    rows = len(batch.indices)
+    whole = micro_batch_size is None or micro_batch_size >= rows
+    chunks = list(_chunks(model, rows, rows if micro_batch_size is None else micro_batch_size, seed))
+    with torch.set_grad_enabled(whole):
         features = _features(model, batch, context, chunks)
-        total, terms = _objective(model, losses, batch, features)
+    if not whole:
+        for tower, tensors in features.items():
+            for tensor in tensors.values():
+                tensor.requires_grad_(_is_trained(model, tower))
+    total, terms = _objective(model, losses, batch, features)
+    with buffers_left_alone(model):
         total.backward()  # type: ignore[no-untyped-call]
-    else:
-        with torch.no_grad():
-            features = _features(model, batch, context, chunks)
-        cached = {name: tensor.requires_grad_() for name, tensor in features.items()}
-        total, terms = _objective(model, losses, batch, cached)
-        total.backward()  # type: ignore[no-untyped-call]
-        with _buffers_left_alone(model):
+        if not whole:
             for chunk in chunks:
-                _meet_gradients(model, batch, context, chunk, cached)
+                _meet_gradients(model, batch, context, chunk, features[chunk.tower])
     distributed.average_gradients(model.parameters())
 
     norms = {tower: _grad_norm(model.tower_parameters(tower)) for tower in model.towers}
@@ -82,21 +84,24 @@ def training_step(
     return measured | {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
 
 
-def _chunks(model: Model, batch: Batch, micro_batch_size: int | None, seed: tuple[int, int]) -> Iterator[Chunk]:
+def _chunks(model: Model, rows: int, size: int, seed: tuple[int, int]) -> Iterator[Chunk]:
     """One tower after the other, each in chunks; the last one may be smaller."""
-    size = len(batch.indices)
     for place, tower in enumerate(model.towers):
-        for start in range(0, size, micro_batch_size or size):
-            rows = slice(start, min(start + (micro_batch_size or size), size))
-            yield Chunk(tower, rows, _random_seed(*seed, distributed.rank(), place, start))
+        for start in range(0, rows, size):
+            chunk_seed = _random_seed(*seed, distributed.rank(), place, start)
+            yield Chunk(tower, slice(start, min(start + size, rows)), chunk_seed)
 
 
 def _random_seed(*place: int) -> int:
     """A random state that is a function of where it is used: nothing of it needs to be saved, or carried along."""
-    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) & (2**63 - 1)
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint32)[0])  # all that torch takes on a CPU
 
 
-def _encode(model: Model, batch: Batch, context: torch.autocast, chunk: Chunk) -> Mapping[str, Tensor]:
+def _is_trained(model: Model, tower: str) -> bool:
+    return any(parameter.requires_grad for parameter in model.tower_parameters(tower))
+
+
+def encode_chunk(model: Model, batch: Batch, context: torch.autocast, chunk: Chunk) -> Mapping[str, Tensor]:
     """The features of a chunk by name; dropout, patch dropout and drop path are the same each time."""
     torch.manual_seed(chunk.seed)
     inputs, pooled = (
@@ -108,20 +113,24 @@ def _encode(model: Model, batch: Batch, context: torch.autocast, chunk: Chunk) -
     return features
 
 
-def _features(model: Model, batch: Batch, context: torch.autocast, chunks: list[Chunk]) -> dict[str, Tensor]:
-    """The features of all rows by name."""
-    parts: dict[str, list[Tensor]] = {}
+def _features(model: Model, batch: Batch, context: torch.autocast, chunks: list[Chunk]) -> dict[str, dict[str, Tensor]]:
+    """By tower, the features of all rows by name."""
+    parts: dict[str, dict[str, list[Tensor]]] = {}
     for chunk in chunks:
-        for name, tensor in _encode(model, batch, context, chunk).items():
-            parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+        for name, tensor in encode_chunk(model, batch, context, chunk).items():
+            parts.setdefault(chunk.tower, {}).setdefault(name, []).append(tensor)
+    return {
+        tower: {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in named.items()}
+        for tower, named in parts.items()
+    }
 
 
 def _objective(
-    model: Model, losses: Mapping[str, Loss], batch: Batch, features: Mapping[str, Tensor]
+    model: Model, losses: Mapping[str, Loss], batch: Batch, features: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the terms, and the terms by name."""
-    given = Features(features, model.logit_scale.exp(), model.logit_bias, batch.ids)
+    tensors = {name: tensor for named in features.values() for name, tensor in named.items()}
+    given = Features(tensors, model.logit_scale.exp(), model.logit_bias, batch.ids)
     terms = {name: loss(given) for name, loss in losses.items()}
     return torch.stack([losses[name].weight * term for name, term in terms.items()]).sum(), terms
 
@@ -129,33 +138,18 @@ def _objective(
 def _meet_gradients(
     model: Model, batch: Batch, context: torch.autocast, chunk: Chunk, cached: Mapping[str, Tensor]
 ) -> None:
-    """The backward pass of a chunk, from the gradients that the loss left at its features."""
-    if not any(parameter.requires_grad for parameter in model.tower_parameters(chunk.tower)):
-        return
-    features = _encode(model, batch, context, chunk)
-    wanted = {name: tensor for name, tensor in features.items() if cached[name].grad is not None}
-    torch.autograd.backward(list(wanted.values()), [cached[name].grad[chunk.rows] for name in wanted])  # type: ignore[index]
-
-
-def tower_passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> None:
-    """Forward and backward through every tower, one after the other, as for a micro-batch; leaves no gradients."""
-    with _buffers_left_alone(model):
-        for tower in model.towers:
-            features = _encode(model, batch, context, Chunk(tower, slice(0, rows), seed=0))
-            trained = [tensor.sum() for tensor in features.values() if tensor.requires_grad]
-            if trained:
-                torch.autograd.backward(trained)
-        model.zero_grad(set_to_none=True)
-
-
-def has_batch_norm(model: Model) -> bool:
-    """Whether features depend on which rows are encoded together, as they do under a batch norm that is trained."""
-    return any(module.training for module in model.train().modules() if isinstance(module, _BatchNorm))
+    """The backward pass of a chunk, from the gradients of the `cached` features of its tower."""
+    if all(tensor.grad is None for tensor in cached.values()):
+        return  # the tower is frozen, or no loss reads it
+    features = encode_chunk(model, batch, context, chunk)
+    wanted = {k: x for k, x in features.items() if x.requires_grad and cached[k].grad is not None}
+    if wanted:
+        torch.autograd.backward(list(wanted.values()), [cached[k].grad[chunk.rows] for k in wanted])  # type: ignore[index]
 
 
 @contextmanager
-def _buffers_left_alone(model: nn.Module) -> Iterator[None]:
-    """What the first pass has counted is not counted twice."""
+def buffers_left_alone(model: nn.Module) -> Iterator[None]:
+    """What is computed a second time inside (chunks, checkpointed blocks) does not count twice in statistics."""
     before = [buffer.clone() for buffer in model.buffers()]
     yield
     for buffer, value in zip(model.buffers(), before, strict=True):

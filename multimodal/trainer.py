@@ -52,6 +52,8 @@ FIRST_BROKEN = 100
 """Before so many samples were seen, a share of broken ones says nothing."""
 LINES = 20
 """How many lines a run prints on its progress where there is no terminal for a bar."""
+FOUND = "micro_batch_size.json"
+"""In the run's folder: what micro_batch_size=auto has found."""
 PATIENCE = 2.0
 """Seconds after a stop signal from which on a second one is obeyed at once."""
 
@@ -70,6 +72,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.stop_signal: float | None = None  # when it came
         self.not_finite = torch.zeros((), device=self.device)
+        self.micro_batch_size = config.micro_batch_size
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to a stop signal; the summary. Returns at once if the run is finished."""
@@ -227,12 +230,9 @@ class Trainer:
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         config, state, context = self.config, self.state, self.assembled.context
-        size = config.micro_batch_size
-        if size == "auto":
-            if state.micro_batch_size is None:
-                state.micro_batch_size = micro_batch_that_fits(self.model, batch, context)
-                logger.info("micro_batch_size=auto: %d at a time", state.micro_batch_size)
-            size = state.micro_batch_size
+        if self.micro_batch_size == "auto":
+            self.micro_batch_size = self._found_micro_batch(batch)
+        size = self.micro_batch_size
         with running_out_is_explained(size, len(batch.indices), config.global_batch_size):
             return training_step(
                 self.model,
@@ -244,6 +244,16 @@ class Trainer:
                 size,
                 (config.seed, state.step),
             )
+
+    def _found_micro_batch(self, batch: Batch) -> int:
+        """What `auto` means in this run: found at its first step, and the same whenever it goes on."""
+        file = self.folder / FOUND
+        found = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else None)
+        if found is None:
+            found = micro_batch_that_fits(self.model, batch, self.assembled.context)
+            distributed.on_first_rank(lambda: write_json(file, found))
+        logger.info("micro_batch_size=auto: %d of %d rows at a time", found, len(batch.indices))
+        return int(found)
 
     def _set_lr(self) -> float:
         factor = self.config.schedule(self.state.step, self.warmup_steps, self.state.total_steps)

@@ -42,7 +42,8 @@ class Run:
             "text": torch.randint(1, 200, (4, 32), generator=generator),
         }
         batch = Batch(inputs, torch.arange(4))
-        training_step(self.model, self.config.loss, self.optimizer, batch, self.assembled.context, 1.0)
+        context = self.assembled.context
+        training_step(self.model, self.config.loss, self.optimizer, batch, context, 1.0, None, (0, 0))
 
     def save(self, step: int) -> None:
         import yaml

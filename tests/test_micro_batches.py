@@ -1,25 +1,38 @@
 """The laws of micro-batches: the gradient is that of the whole batch, with the memory of a part of it."""
 
 import copy
+import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, TinyConfig, composed
 from explicit import explicit_info_nce, explicit_sigmoid
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from multimodal import memory
+from multimodal import memory, trainer
 from multimodal.batch import Batch, Features
-from multimodal.config import ModelSection, RunError
+from multimodal.config import ConfigError, ModelSection, RunError, TrainConfig, check
+from multimodal.data.augment import Keep
+from multimodal.dry_run import dry_run
 from multimodal.losses.infonce import InfoNCE
 from multimodal.losses.sigmoid import Sigmoid
-from multimodal.memory import Peak, micro_batch_that_fits, running_out_is_explained
+from multimodal.memory import Peak, has_batch_norm, micro_batch_that_fits, running_out_is_explained
 from multimodal.model import Model
 from multimodal.parts import Loss, TowerModule
-from multimodal.step import _random_seed, has_batch_norm, training_step
+from multimodal.step import _random_seed, training_step
+from multimodal.towers.byte_bpe import ByteBPE
+from multimodal.towers.text import TextPreprocessor
+from multimodal.towers.text_transformer import TextTransformer
+from multimodal.towers.vit import ViT
+from multimodal.trainer import Trainer
 
 ROWS, INPUTS, WIDTH = 12, 5, 8
 FP32 = torch.autocast("cpu", enabled=False)
@@ -240,6 +253,113 @@ def test_no_more_than_a_chunk_has_activations() -> None:
     assert most == 4
 
 
+class Checkpointed(Noisy):
+    """Computes its network a second time in the backward pass."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features: Tensor = checkpoint(self.net, inputs, use_reentrant=False)
+        return features
+
+
+def test_what_is_computed_again_in_the_backward_counts_once() -> None:
+    one = model()
+    one.towers["image"] = Checkpointed(norm=True).double()
+    gradients(one.train(), batch(), None)
+    assert int(one.towers["image"].net[1].num_batches_tracked) == 1  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_real_towers_draw_the_same_masks_in_both_passes(size: int, grad_checkpointing: bool) -> None:
+    def real() -> tuple[Model, Batch]:
+        torch.manual_seed(0)
+        shared = {"width": 16, "layers": 2, "heads": 2, "drop_path": 0.5, "grad_checkpointing": grad_checkpointing}
+        colours = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+        image = ViT(**shared, **colours, image_size=32, patch_size=8, mlp_ratio=2.0, pool="tok", patch_dropout=0.5)
+        tokenizer = ByteBPE(vocab_size=300, max_captions=10)
+        text = TextTransformer(**shared, tokenizer=tokenizer, context_length=8, mlp_ratio=2.0)
+        encoding: Any = SimpleNamespace(vocab_size=300, pad=0, end=299)
+        built = {
+            "image": image.build(image.preprocessor(list, Keep(), None), 4),
+            "text": text.build(TextPreprocessor(encoding, 8), 4),
+        }
+        section = {"embed_dim": 4, "logit_scale": 10.0, "max_logit_scale": 100.0, "learn_logit_scale": True}
+        one = Model(built, ModelSection(**section, logit_bias=-1.0)).double().train()
+        ids = torch.randint(1, 299, (ROWS, 8))
+        ids[:, 5] = 299
+        images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8)
+        return one, Batch({"image": images, "text": ids}, torch.arange(ROWS), batch().ids)
+
+    ours, theirs = real(), real()
+    assert_same(gradients(*ours, size), joint(*theirs, size))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_tower_whose_trained_weights_are_not_used_is_passed_over(size: int | None) -> None:
+    one = frozen = model()
+    one.towers["image"].spare = nn.Linear(2, 2).double()
+    frozen_tower(one, batch())
+    one.towers["image"].spare.requires_grad_(True)  # type: ignore[union-attr]
+    data = batch()
+    recorder = Recorder([p for name, p in frozen.named_parameters() if "spare" not in name], lr=1)
+    assert math.isfinite(float(training_step(one, LOSSES, recorder, data, FP32, None, size, SEED)["loss"]))
+
+
+def test_a_frozen_tower_costs_the_loss_no_gradient() -> None:
+    seen: list[bool] = []
+
+    class Looks(InfoNCE):
+        def __call__(self, features: Features) -> Tensor:
+            seen.append(features.tensors["image_features"].requires_grad)
+            return super().__call__(features)
+
+    for size in (None, 4):
+        one = model()
+        frozen_tower(one, batch())
+        training_step(one, {"a": Looks()}, Recorder(one.parameters(), lr=1), batch(), FP32, None, size, SEED)
+    assert seen == [False, False]
+
+
+def test_the_trainer_finds_a_size_once_and_computes_the_same_with_it(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(config: TrainConfig) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+    whole = tiny_config("run.name=whole")
+    Trainer(whole).run()
+    monkeypatch.setattr(trainer, "micro_batch_that_fits", lambda *_: 6)
+    auto = tiny_config("run.name=auto", "micro_batch_size=auto")
+    Trainer(auto).run()
+    for ours, theirs in zip(rows(auto), rows(whole), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+    assert json.loads((auto.folder / "micro_batch_size.json").read_text()) == 6
+
+    def again(*_: Any) -> int:
+        raise AssertionError("it is known already")
+
+    monkeypatch.setattr(trainer, "micro_batch_that_fits", again)
+    Trainer(tiny_config("run.name=auto", "micro_batch_size=auto", "duration=9steps")).run()
+
+
+@pytest.mark.parametrize("start", [dry_run, lambda config: Trainer(config).run()])
+def test_batch_norm_and_micro_batches_are_refused_before_the_start(start: Any, tmp_path: Path) -> None:
+    base = [word for word in TINY if "towers.image" not in word]
+    image = ("tower@towers.image=resnet_tiny", "towers.image.image_size=32", "towers.image.width=8")
+    config = check(composed(*base, *image, "micro_batch_size=4", f"paths.runs={tmp_path}"), TrainConfig)
+    with pytest.raises(ConfigError, match=r"micro_batch_size: the statistics of a batch norm"):
+        start(config)
+
+
+@pytest.mark.parametrize("value", [0, -3, True, "many", 1.5])
+def test_what_is_no_size_is_told_in_one_line(value: Any, tiny_raw: dict[str, Any]) -> None:
+    tiny_raw["micro_batch_size"] = value
+    with pytest.raises(
+        ConfigError, match=r"1 problem.*\n  micro_batch_size: should be a positive number, auto or null"
+    ):
+        check(tiny_raw, TrainConfig)
+
+
 def test_a_batch_norm_that_is_trained_needs_the_whole_batch() -> None:
     one = model(norm=True)
     assert has_batch_norm(one)
@@ -294,14 +414,41 @@ def test_the_micro_batch_that_fits_grows_with_memory_and_leaves_no_trace(monkeyp
         micro_batch_that_fits(one, data, FP32)
 
 
+def test_a_step_with_the_micro_batch_that_fits_does_fit_where_weights_are_most_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, width = model(), 256
+    for tower in one.towers.values():
+        layers = [module for _ in range(6) for module in (nn.Linear(width, width), nn.GELU())]
+        tower.net = nn.Sequential(nn.Linear(INPUTS, width), *layers, nn.Linear(width, WIDTH))
+    one = one.double()
+    rows = 4096
+    data = Batch({k: torch.randn(rows, INPUTS, dtype=torch.float64) for k in one.towers}, torch.arange(rows))
+    losses: dict[str, Loss] = {"infonce": InfoNCE()}
+    found = []
+    for free in (60e6, 90e6, 1e9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
+        found.append(micro_batch_that_fits(one, data, FP32))
+        with Peak() as peak:
+            for tower in one.towers:
+                one.encode(tower, data.inputs[tower][: found[-1]]).sum().backward()
+        assert peak.bytes <= free
+        one.zero_grad(set_to_none=True)
+    assert 8 < found[0] < found[1] < rows
+    assert found[2] == rows
+    training_step(one, losses, Recorder(one.parameters(), lr=1), data, FP32, None, found[0], SEED)
+
+
 def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.free_bytes(torch.device("cpu"))
     assert 100e6 < free < 1e14
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.free_bytes(torch.device("cpu")) == pytest.approx(free / 4, rel=0.2)
+    assert memory.free_bytes(torch.device("cpu")) < free / 2
 
 
 def test_running_out_of_memory_names_what_can_be_changed() -> None:
+    with pytest.raises(RunError, match="grad_checkpointing"), running_out_is_explained(1, 512, 1024):
+        torch.empty(2**58)
     with pytest.raises(RunError, match="micro_batch_size, such as 32"), running_out_is_explained(64, 512, 1024):
         torch.empty(2**58)
     told = pytest.raises(RunError, match=r"512 rows at a time.*global_batch_size=1024")

@@ -195,10 +195,10 @@ def _train(tower: ImageTower, images: Tensor, micro_batch_size: int | None) -> d
     model = Model(towers, SECTION).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses = {"infonce": InfoNCE(pair=("x", "y"))}
-    for x, y in images:
+    for step, (x, y) in enumerate(images):
         batch = Batch({"x": mine(x), "y": mine(y)}, torch.arange(len(mine(x))))
         context = torch.autocast("cpu", enabled=False)
-        training_step(model, losses, optimizer, batch, context, 0.5, micro_batch_size)
+        training_step(model, losses, optimizer, batch, context, 0.5, micro_batch_size, (0, step))
     return model.state_dict()
 
 

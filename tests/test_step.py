@@ -68,7 +68,7 @@ def step(
     losses: Mapping[str, Loss] = LOSSES,
     max_grad_norm: float | None = None,
 ) -> dict[str, float]:
-    measured = training_step(model, losses, optimizer, data, FP32, max_grad_norm)
+    measured = training_step(model, losses, optimizer, data, FP32, max_grad_norm, None, (0, 0))
     return {name: float(value) for name, value in measured.items()}
 
 
@@ -245,6 +245,6 @@ def test_features_and_loss_are_float32_where_towers_run_in_bf16() -> None:
             return super().__call__(features)
 
     data = Batch({name: x.float() for name, x in batch().inputs.items()}, batch().indices)
-    measured = training_step(model, {"a": Looks()}, adamw(model), data, BF16, 1.0)
+    measured = training_step(model, {"a": Looks()}, adamw(model), data, BF16, 1.0, None, (0, 0))
     assert seen == [torch.float32] * 2
     assert measured["loss"].dtype == torch.float32

@@ -25,7 +25,7 @@ class PairLoss(Loss, ABC):
     duplicates: Literal["negative", "positive", "masked"] = "negative"
     """What two pairs of the same thing are to each other: negatives as any others, positives too, or left out."""
     same_by: Literal["caption", "label"] = "caption"
-    """What makes two pairs the same thing: equal captions, or equal classes, where the samples have some."""
+    """What makes two pairs the same thing: captions of equal tokens, or equal classes, where samples have some."""
 
     def needs(self) -> frozenset[str]:
         ids = () if self.duplicates == "negative" else (f"{self.same_by}_ids",)
