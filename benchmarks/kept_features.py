@@ -20,8 +20,8 @@ from multimodal.config import TrainConfig, check
 
 VARIANTS = {
     "unfrozen": [],
-    "frozen": ["towers.image.tuning.frozen=tower"],
-    "kept": ["towers.image.tuning.frozen=tower", "towers.image.tuning.keep_features=true"],
+    "frozen": ["towers.image.tuning.frozen=all"],
+    "kept": ["towers.image.tuning.frozen=all", "towers.image.tuning.keep_features=true"],
 }
 
 
