@@ -201,7 +201,7 @@ def test_without_network_it_says_where_to_put_the_file(monkeypatch: pytest.Monke
         raise OSError("no route to host")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
-    with pytest.raises(ValueError, match=r"cannot be downloaded from timm/.*no route to host.*set init.weights to its"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded from timm/.*no route to host.*give its path instead"):
         weights.tag("ViT-B-32", "openai")
 
 
