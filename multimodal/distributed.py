@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+BUCKET = 32 * 2**20
+"""Bytes of gradients that are reduced together: few messages, and no second copy of all of them."""
+
 
 def rank() -> int:
     """This process's number, from 0; also before the process group exists."""
@@ -229,15 +232,31 @@ def _pass_on(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, in one reduction; every rank has the same ones."""
+    """Replace every gradient by its mean over ranks, many in one reduction; every rank has the same ones."""
     if not dist.is_initialized():
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    for grads in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, of no more than BUCKET bytes unless it is one alone."""
+    bucket: list[Tensor] = []
+    room = 0
+    for tensor in tensors:
+        room -= tensor.nbytes
+        if bucket and (room < 0 or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        if not bucket:
+            room = BUCKET - tensor.nbytes
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def average(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """How many rows' activations fit into memory."""
 
+import json
+import logging
 import os
 import weakref
 from collections.abc import Iterator
@@ -16,9 +18,14 @@ from torch.utils._pytree import tree_leaves
 from multimodal import distributed
 from multimodal.batch import Batch
 from multimodal.config import RunError, TrainConfig
+from multimodal.files import write_json
 from multimodal.model import Model
 from multimodal.step import Chunk, buffers_left_alone, encode_chunk
 
+logger = logging.getLogger(__name__)
+
+FOUND = "micro_batch_size.json"
+"""In a run's folder: what micro_batch_size=auto has found."""
 SHARE = 0.8
 """Of the free memory that may be used; the rest is for what libraries keep for themselves, and for fragments."""
 BESIDE = 4
@@ -112,6 +119,17 @@ def micro_batch_that_fits(model: Model, batch: Batch, context: torch.autocast) -
     if size == 0:
         raise RunError("the activations of a single row do not fit into memory: a smaller model, or grad_checkpointing")
     return size
+
+
+def kept_micro_batch(folder: Path, model: Model, batch: Batch, context: torch.autocast) -> int:
+    """What `auto` means in a run: found at its first step, kept in its folder, and the same whenever it goes on."""
+    file = folder / FOUND
+    found = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else None)
+    if found is None:
+        found = micro_batch_that_fits(model, batch, context)
+        distributed.on_first_rank(lambda: write_json(file, found))
+    logger.info("micro_batch_size=auto: %d of %d rows at a time", found, len(batch.indices))
+    return int(found)
 
 
 def _fits(model: Model, batch: Batch, context: torch.autocast, rows: int, budget: int) -> bool:

@@ -47,6 +47,8 @@ def training_step(
 
     A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0. On several
     ranks the gradient of a feature sums what every rank's loss makes of it; parameters average theirs over ranks.
+    With micro-batches "replay_error" is how far features of the second pass are from those of the first, as a share
+    of the largest: 0, or rounding, unless a tower draws random numbers that no seed of torch's is for.
     """
     rows = len(batch.indices)
     whole = micro_batch_size is None or micro_batch_size >= rows
@@ -58,30 +60,31 @@ def training_step(
             for tensor in tensors.values():
                 tensor.requires_grad_(_is_trained(model, tower))
     total, terms = _objective(model, losses, batch, features)
+    scalars = {"loss": total, **({f"loss/{name}": term for name, term in terms.items()} if len(terms) > 1 else {})}
     with buffers_left_alone(model):
         total.backward()  # type: ignore[no-untyped-call]
         if not whole:
-            for chunk in chunks:
-                _meet_gradients(model, batch, context, chunk, features[chunk.tower])
+            errors = [_meet_gradients(model, batch, context, chunk, features[chunk.tower]) for chunk in chunks]
+            scalars["replay_error"] = torch.stack(errors).amax()
     distributed.average_gradients(model.parameters())
 
-    norms = {tower: _grad_norm(model.tower_parameters(tower)) for tower in model.towers}
+    norms = {f"grad_norm/{tower}": _grad_norm(model.tower_parameters(tower), total) for tower in model.towers}
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = _grad_norm(trained)
+    norm = _grad_norm(trained, total)
     if max_grad_norm is not None:
         clip_grads_with_norm_(trained, max_grad_norm, norm)
 
-    loss = distributed.average(total)
+    means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))
+    measured = dict(zip(scalars, means, strict=True))
+    loss = measured["loss"]
     finite = (loss.isfinite() & norm.isfinite()).float()
     optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]  # torch's fused optimizers skip the update where it is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     model.clamp_logit_scale()
 
-    measured = {"loss": loss, "finite": finite, "logit_scale": model.logit_scale.detach().exp(), "grad_norm": norm}
-    if len(terms) > 1:
-        measured |= {f"loss/{name}": distributed.average(term) for name, term in terms.items()}
-    return measured | {f"grad_norm/{tower}": norm for tower, norm in norms.items()}
+    scale = model.logit_scale.detach().exp()
+    return {**measured, "finite": finite, "logit_scale": scale, "grad_norm": norm, **norms}
 
 
 def _chunks(model: Model, rows: int, size: int, seed: tuple[int, int]) -> Iterator[Chunk]:
@@ -137,14 +140,20 @@ def _objective(
 
 def _meet_gradients(
     model: Model, batch: Batch, context: torch.autocast, chunk: Chunk, cached: Mapping[str, Tensor]
-) -> None:
-    """The backward pass of a chunk, from the gradients of the `cached` features of its tower."""
+) -> Tensor:  # []
+    """The backward pass of a chunk from the gradients of its tower's `cached` features; how far its own are off."""
     if all(tensor.grad is None for tensor in cached.values()):
-        return  # the tower is frozen, or no loss reads it
+        return model.logit_scale.new_zeros(())  # the tower is frozen, or no loss reads it
     features = encode_chunk(model, batch, context, chunk)
     wanted = {k: x for k, x in features.items() if x.requires_grad and cached[k].grad is not None}
     if wanted:
         torch.autograd.backward(list(wanted.values()), [cached[k].grad[chunk.rows] for k in wanted])  # type: ignore[index]
+    return torch.stack([_distance(x.detach(), cached[k].detach()[chunk.rows]) for k, x in features.items()]).amax()
+
+
+def _distance(x: Tensor, y: Tensor) -> Tensor:
+    """The largest difference of entries, as a share of the largest."""
+    return (x - y).abs().amax() / y.abs().amax()
 
 
 @contextmanager
@@ -156,6 +165,6 @@ def buffers_left_alone(model: nn.Module) -> Iterator[None]:
         buffer.copy_(value)
 
 
-def _grad_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+def _grad_norm(parameters: list[torch.nn.Parameter], like: Tensor) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
-    return get_total_norm(grads) if grads else torch.zeros(())
+    return get_total_norm(grads) if grads else like.new_zeros(())

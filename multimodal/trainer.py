@@ -39,7 +39,8 @@ from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
 from multimodal.interop.weights import checkpoint_of, initialise
 from multimodal.kept_features import check_kept_features, keep_features
-from multimodal.memory import check_micro_batches, micro_batch_that_fits, running_out_is_explained
+from multimodal.losses.targets import share_of_duplicates
+from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
 from multimodal.step import training_step
@@ -52,8 +53,8 @@ FIRST_BROKEN = 100
 """Before so many samples were seen, a share of broken ones says nothing."""
 LINES = 20
 """How many lines a run prints on its progress where there is no terminal for a bar."""
-FOUND = "micro_batch_size.json"
-"""In the run's folder: what micro_batch_size=auto has found."""
+REPLAY_ERROR = 0.05
+"""So far features of a second pass may be from the first: rounding is less, other random masks are more."""
 PATIENCE = 2.0
 """Seconds after a stop signal from which on a second one is obeyed at once."""
 
@@ -218,7 +219,8 @@ class Trainer:
                 stopping, save_is_due = self._vote(batch)
                 last = state.step == state.total_steps
                 if last or self._due(config.log.every):
-                    self._log_training({**measured, **_duplicates(batch)}, lr, bar)
+                    measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
+                    self._log_training(measured, lr, bar)
                 if stopping:
                     self._save(best=False)  # before evaluating, which may take longer than one is given
                 improved = self._evaluate(everything=last)
@@ -231,7 +233,7 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         config, state, context = self.config, self.state, self.assembled.context
         if self.micro_batch_size == "auto":
-            self.micro_batch_size = self._found_micro_batch(batch)
+            self.micro_batch_size = kept_micro_batch(self.folder, self.model, batch, context)
         size = self.micro_batch_size
         with running_out_is_explained(size, len(batch.indices), config.global_batch_size):
             return training_step(
@@ -244,16 +246,6 @@ class Trainer:
                 size,
                 (config.seed, state.step),
             )
-
-    def _found_micro_batch(self, batch: Batch) -> int:
-        """What `auto` means in this run: found at its first step, and the same whenever it goes on."""
-        file = self.folder / FOUND
-        found = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else None)
-        if found is None:
-            found = micro_batch_that_fits(self.model, batch, self.assembled.context)
-            distributed.on_first_rank(lambda: write_json(file, found))
-        logger.info("micro_batch_size=auto: %d of %d rows at a time", found, len(batch.indices))
-        return int(found)
 
     def _set_lr(self) -> float:
         factor = self.config.schedule(self.state.step, self.warmup_steps, self.state.total_steps)
@@ -302,6 +294,12 @@ class Trainer:
 
     def _log_training(self, measured: dict[str, Tensor], lr: float, bar: Any) -> None:
         self._require_finite()
+        if float(measured.get("replay_error", 0.0)) > REPLAY_ERROR:
+            raise RunError(
+                "micro_batch_size: a tower gave other features in the second pass over a batch than in the first, so "
+                "gradients are wrong. Random numbers of a tower should come from torch's generator; or "
+                "micro_batch_size=null"
+            )
         state, clock = self.state, self.clock
         values = {f"train/{name}": float(value) for name, value in measured.items() if name != "finite"}
         values |= {
@@ -403,9 +401,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _duplicates(batch: Batch) -> dict[str, Tensor]:
-    """The share of the global batch whose caption another pair in it has too: a negative that is none."""
-    _, counts = torch.unique(distributed.gather(batch.ids["caption"]), return_counts=True)
-    return {"duplicate_captions": counts[counts > 1].sum() / counts.sum()}

@@ -19,6 +19,13 @@ def some_ids(rows: int) -> Tensor:
     return torch.where(ids % 3 == 0, ids, -(10**12) - ids)
 
 
+def assert_same(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
+    """Two losses, and their gradients."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
+
+
 def explicit_info_nce(
     x: Tensor, y: Tensor, scale: Tensor, label_smoothing: float = 0.0, ids: Tensor | None = None, same: str = "positive"
 ) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from explicit import explicit_info_nce, pairs, some_ids
+from explicit import assert_same, explicit_info_nce, pairs, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
@@ -22,12 +22,6 @@ TARGETS: list[dict[str, Any]] = [
     for smoothing, grouped, same in itertools.product((0.0, 0.1), (False, True), ("positive", "masked"))
     if grouped or same == "positive"
 ]
-
-
-def assert_same(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 17, 64])
@@ -197,6 +191,20 @@ def test_products_are_in_bf16_and_sums_in_float32_where_autocast_asks_for_it() -
         assert one.dtype == torch.float32
         assert not torch.equal(one, full)
         torch.testing.assert_close(one, full, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_term_has_products_as_it_is_told_whatever_is_around_it(products: Any, autocast: bool) -> None:
+    x, y, scale, _ = (z.detach().requires_grad_() for z in pairs(32, 64, dtype=torch.float32))
+    features = Features({"image_features": x, "text_features": y}, scale)
+    with torch.autocast("cpu", torch.bfloat16, enabled=products == "bf16"):
+        expected = info_nce(x, y, scale)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = InfoNCE(products=products)(features)
+    assert torch.equal(found, expected)
+    assert torch.equal(found, info_nce(x, y, scale)) == (products == "fp32")
+    assert torch.autograd.grad(found, x)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

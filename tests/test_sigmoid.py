@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from explicit import explicit_sigmoid, pairs, some_ids
+from explicit import assert_same, explicit_sigmoid, pairs, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.loss import SigLipLoss
-from torch import Tensor
 
 from multimodal.batch import Features
 from multimodal.losses.sigmoid import Sigmoid, sigmoid_loss
@@ -21,12 +20,6 @@ TARGETS: list[dict[str, Any]] = [
     {"ids": some_ids(12), "same": "positive"},
     {"ids": some_ids(12), "same": "masked"},
 ]
-
-
-def assert_same(ours: Tensor, theirs: Tensor, inputs: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
-    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 17, 64])

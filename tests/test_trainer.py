@@ -99,11 +99,14 @@ def crash() -> None:
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "micro_batch_size"), [(signal.SIGTERM, None), (signal.SIGINT, None), (signal.SIGTERM, 6)]
+)
 def test_a_run_that_was_stopped_and_run_again_is_the_run_that_was_not(
-    tiny_config: TinyConfig, interrupt: Interrupt, number: int
+    tiny_config: TinyConfig, interrupt: Interrupt, number: int, micro_batch_size: int | None
 ) -> None:
-    whole = named(tiny_config("towers.image.patch_dropout=0.5", "augment=crop_flip"), "whole")
+    size = f"micro_batch_size={micro_batch_size or 'null'}"
+    whole = named(tiny_config("towers.image.patch_dropout=0.5", "augment=crop_flip", size), "whole")
     parted = named(whole, "parted")
     assert Trainer(whole).run()["status"] == "finished"
     interrupt(3, kill(number))

@@ -53,8 +53,8 @@ def info_nce(
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing should be at least 0 and below 1: {label_smoothing} given")
-    check_inputs(x, y, ids, f"InfoNCE with {same} pairs")
     precision, device = product_dtype(x, y), x.device.type
+    check_inputs(x, y, ids, f"InfoNCE of {same} pairs in {precision}, label_smoothing={label_smoothing}")
     with torch.autocast(device, enabled=False):
         scale = logit_scale.to(sums_dtype(precision))
         own = distributed.own_rows(x)
@@ -78,6 +78,6 @@ class InfoNCE(PairLoss):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """The part of each target that is spread evenly over the batch."""
 
-    def __call__(self, features: Features) -> Tensor:
+    def compare(self, x: Tensor, y: Tensor, features: Features) -> Tensor:
         targets = self.targets(features)
-        return info_nce(*self.features(features), features.logit_scale, label_smoothing=self.label_smoothing, **targets)
+        return info_nce(x, y, features.logit_scale, label_smoothing=self.label_smoothing, **targets)

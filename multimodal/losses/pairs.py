@@ -1,8 +1,9 @@
 """What the losses over all pairs of two towers' features have in common."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal, TypedDict
 
+import torch
 from pydantic import Strict
 from torch import Tensor
 
@@ -26,6 +27,22 @@ class PairLoss(Loss, ABC):
     """What two pairs of the same thing are to each other: negatives as any others, positives too, or left out."""
     same_by: Literal["caption", "label"] = "caption"
     """What makes two pairs the same thing: captions of equal tokens, or equal classes, where samples have some."""
+    products: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the products of features; all sums of them are in float32 either way."""
+
+    @abstractmethod
+    def compare(
+        self,
+        x: Tensor,  # [b, D] of the first tower
+        y: Tensor,  # [b, D] of the second
+        features: Features,
+    ) -> Tensor:  # []
+        """The term itself."""
+
+    def __call__(self, features: Features) -> Tensor:
+        x, y = self.features(features)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.products == "bf16"):
+            return self.compare(x, y, features)
 
     def needs(self) -> frozenset[str]:
         ids = () if self.duplicates == "negative" else (f"{self.same_by}_ids",)

@@ -44,8 +44,8 @@ def sigmoid_loss(
 
     Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
-    check_inputs(x, y, ids, f"sigmoid loss with {same} pairs by {exchange}")
     precision, device = product_dtype(x, y), x.device.type
+    check_inputs(x, y, ids, f"sigmoid loss of {same} pairs in {precision} by {exchange}")
     with torch.autocast(device, enabled=False):
         scale, bias = (z.to(sums_dtype(precision)) for z in (logit_scale, logit_bias))
         own = None
@@ -154,8 +154,7 @@ class Sigmoid(PairLoss):
     def needs(self) -> frozenset[str]:
         return super().needs() | {"logit_bias"}
 
-    def __call__(self, features: Features) -> Tensor:
+    def compare(self, x: Tensor, y: Tensor, features: Features) -> Tensor:
         assert features.logit_bias is not None
-        x, y = self.features(features)
         targets = self.targets(features)
         return sigmoid_loss(x, y, features.logit_scale, features.logit_bias, exchange=self.exchange, **targets)

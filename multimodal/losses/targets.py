@@ -23,6 +23,15 @@ class Groups:
         return torch.zeros_like(values).index_add(0, self.numbers, values)
 
 
+def share_of_duplicates(
+    ids: Tensor,  # int64 [B], of all ranks
+) -> Tensor:  # [], at most 1
+    """How many rows have the id of another: of captions, negatives that are none."""
+    _, counts = torch.unique(ids, return_counts=True)
+    share: Tensor = counts[counts > 1].sum() / counts.sum()
+    return share
+
+
 def soft_partners(
     y: Tensor,  # [B, D], of all ranks
     own: slice,  # this rank's rows

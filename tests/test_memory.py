@@ -1,0 +1,154 @@
+"""The laws of memory: how much a step takes, how many rows fit, and what is said when they do not."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyConfig
+from test_micro_batches import FP32, INPUTS, SEED, WIDTH, Recorder, model
+from torch import Tensor, nn
+
+from multimodal import memory
+from multimodal.batch import Batch, Features
+from multimodal.config import RunError, TrainConfig
+from multimodal.losses.infonce import InfoNCE
+from multimodal.memory import Peak, micro_batch_that_fits, running_out_is_explained
+from multimodal.model import Model
+from multimodal.parts import Loss
+from multimodal.step import training_step
+from multimodal.trainer import Trainer
+
+
+def test_a_peak_is_what_is_alive_at_once() -> None:
+    x = torch.zeros(1000)
+    with Peak() as peak:
+        a = x + 1
+        view = a.view(10, 100)
+        del a
+        b = view * 2
+        del view
+        c = b + 1
+        del b
+        del c
+    assert peak.bytes == 2 * 4000
+    assert peak.alive == 0
+
+
+def deep(rows: int = 256, width: int = 64) -> tuple[Model, Batch]:
+    one = model()
+    for tower in one.towers.values():
+        tower.net = nn.Sequential(nn.Linear(INPUTS, width), *(nn.GELU() for _ in range(20)), nn.Linear(width, WIDTH))
+    return one.double(), Batch(
+        {name: torch.randn(rows, INPUTS, dtype=torch.float64) for name in ("image", "text")}, torch.arange(rows)
+    )
+
+
+class Pull(Loss):
+    """Takes next to no memory itself."""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"image_features", "text_features"})
+
+    def __call__(self, features: Features) -> Tensor:
+        return (features.tensors["image_features"] - features.tensors["text_features"]).square().mean()
+
+
+def test_a_larger_batch_takes_memory_for_its_features_only() -> None:
+    losses: dict[str, Loss] = {"pull": Pull()}
+    peaks = {}
+    for rows in (64, 1024):
+        for size in (32, rows):
+            one, data = deep(rows)
+            with Peak() as peak:
+                training_step(one, losses, Recorder(one.parameters(), lr=1), data, FP32, None, size, SEED)
+            peaks[rows, size] = peak.bytes
+    features, activations = (8 * (1024 - 64) * numbers for numbers in (2 * 4, 20 * 64))
+    assert peaks[1024, 1024] - peaks[64, 64] > activations
+    assert peaks[1024, 32] - peaks[64, 32] < 5 * features < 0.05 * activations
+
+
+def test_the_micro_batch_that_fits_grows_with_memory_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, data = deep()
+    before = copy.deepcopy(one.state_dict())
+    found = {}
+    per_row = 21 * 64 * 8
+    for free in (0.2e6, 0.5e6, 1e6, 1e9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
+        found[free] = micro_batch_that_fits(one, data, FP32)
+        assert found[free] * per_row <= free
+    assert list(found.values()) == sorted(found.values())
+    assert found[0.5e6] >= 8
+    assert found[1e9] == 256
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+    assert all(parameter.grad is None for parameter in one.parameters())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(RunError, match="single row"):
+        micro_batch_that_fits(one, data, FP32)
+
+
+def test_a_step_with_the_micro_batch_that_fits_does_fit_where_weights_are_most_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, width = model(), 256
+    for tower in one.towers.values():
+        layers = [module for _ in range(6) for module in (nn.Linear(width, width), nn.GELU())]
+        tower.net = nn.Sequential(nn.Linear(INPUTS, width), *layers, nn.Linear(width, WIDTH))
+    one = one.double()
+    rows = 4096
+    data = Batch({k: torch.randn(rows, INPUTS, dtype=torch.float64) for k in one.towers}, torch.arange(rows))
+    losses: dict[str, Loss] = {"infonce": InfoNCE()}
+    found = []
+    for free in (60e6, 90e6, 1e9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
+        found.append(micro_batch_that_fits(one, data, FP32))
+        with Peak() as peak:
+            for tower in one.towers:
+                one.encode(tower, data.inputs[tower][: found[-1]]).sum().backward()
+        assert peak.bytes <= free
+        one.zero_grad(set_to_none=True)
+    assert 8 < found[0] < found[1] < rows
+    assert found[2] == rows
+    training_step(one, losses, Recorder(one.parameters(), lr=1), data, FP32, None, found[0], SEED)
+
+
+def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = memory.free_bytes(torch.device("cpu"))
+    assert 100e6 < free < 1e14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_bytes(torch.device("cpu")) < free / 2
+
+
+def test_running_out_of_memory_names_what_can_be_changed() -> None:
+    with pytest.raises(RunError, match="grad_checkpointing"), running_out_is_explained(1, 512, 1024):
+        torch.empty(2**58)
+    with pytest.raises(RunError, match="micro_batch_size, such as 32"), running_out_is_explained(64, 512, 1024):
+        torch.empty(2**58)
+    told = pytest.raises(RunError, match=r"512 rows at a time.*global_batch_size=1024")
+    with told, running_out_is_explained(None, 512, 1024):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes"), running_out_is_explained(None, 512, 1024):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_the_trainer_finds_a_size_once_and_computes_the_same_with_it(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(config: TrainConfig) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+    whole = tiny_config("run.name=whole")
+    Trainer(whole).run()
+    monkeypatch.setattr(memory, "micro_batch_that_fits", lambda *_: 6)
+    auto = tiny_config("run.name=auto", "micro_batch_size=auto")
+    Trainer(auto).run()
+    for ours, theirs in zip(rows(auto), rows(whole), strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+    assert json.loads((auto.folder / "micro_batch_size.json").read_text()) == 6
+
+    def again(*_: Any) -> int:
+        raise AssertionError("it is known already")
+
+    monkeypatch.setattr(memory, "micro_batch_that_fits", again)
+    Trainer(tiny_config("run.name=auto", "micro_batch_size=auto", "duration=9steps")).run()
