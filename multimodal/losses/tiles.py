@@ -52,15 +52,18 @@ class Tiles:
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
         numbers = count()
         for columns in blocks(len(self.y), self.tile):
-            # Products are faster with this operand laid out the other way round.
-            scaled = (self.y[columns].to(self.scale.dtype) * self.scale).to(self.precision).T.contiguous()
+            scaled = None if self.filled else self._scaled(columns)
             for rows in blocks(len(self.x), self.tile):
                 yield rows, columns, self._logits(scaled, rows, columns, next(numbers))
 
-    def _logits(self, scaled: Tensor, rows: slice, columns: slice, number: int) -> Tensor:
+    def _scaled(self, columns: slice) -> Tensor:
+        """Columns of the right operand, laid out the other way round: products are faster so."""
+        return (self.y[columns].to(self.scale.dtype) * self.scale).to(self.precision).T.contiguous()
+
+    def _logits(self, scaled: Tensor | None, rows: slice, columns: slice, number: int) -> Tensor:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         products = fit(self._products if self.kept is None else self.kept[number], shape)
-        if not self.filled:
+        if scaled is not None:
             torch.mm(self.x[rows], scaled, out=products)
         elif products.dtype == self._tile.dtype:
             return products  # as they were yielded when they were filled in
