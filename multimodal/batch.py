@@ -12,10 +12,11 @@ K       classes
 T       templates
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,18 @@ class Batch:
     """How many captions were cut to fit the context."""
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
     """By name of a frozen tower whose features are kept: [b, W], instead of its inputs."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Its tensors on the device; the indices stay, for messages. From pinned memory nothing waits for that."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Where a GPU can fetch it while the processor goes on; the data loader asks for this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        inputs, pooled, ids = ({k: change(x) for k, x in kind.items()} for kind in (self.inputs, self.pooled, self.ids))
+        return replace(self, inputs=inputs, pooled=pooled, ids=ids)
 
 
 @dataclass(frozen=True)

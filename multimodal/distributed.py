@@ -7,6 +7,7 @@ loss may be computed in full on every rank or only for the rank's own rows: the 
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
@@ -91,7 +92,8 @@ def agree(statement: str, problem: str = "") -> None:
     """ValueError on all ranks, where one of them has a `problem` or they do not all make the same `statement`.
 
     For before a collective that would hang, or mix up rows, if ranks came to it with different tensors. The texts
-    travel between the processors: nothing waits for the device.
+    travel between the processors: nothing waits for the device. A process group that somebody else has started needs a
+    backend for them, such as "cpu:gloo,cuda:nccl".
     """
     if dist.is_initialized():
         text = f"{'!' if problem else ' '}{problem or statement}".encode()[:_LONGEST]
@@ -99,8 +101,9 @@ def agree(statement: str, problem: str = "") -> None:
         dist.all_gather(texts, torch.tensor(list(text.ljust(_LONGEST, b"\0")), dtype=torch.uint8))
         said = [bytes(text.tolist()).rstrip(b"\0").decode(errors="ignore") for text in texts]
         if not problem and len(set(said)) > 1:
-            refused = [f"rank {i}: {text[1:]}" for i, text in enumerate(said) if text.startswith("!")]
-            problem = "; ".join(refused or [f"rank {i} has {text[1:]}" for i, text in enumerate(said)])
+            ranks = {text: said.index(text) for text in said}  # the first that says so; there may be thousands
+            refused = [f"rank {i}: {text[1:]}" for text, i in ranks.items() if text.startswith("!")]
+            problem = "; ".join(refused or [f"rank {i} has {text[1:]}" for text, i in ranks.items()])
             problem = problem if refused else f"the ranks differ where they must not: {problem}"
     if problem:
         raise ValueError(problem)
@@ -232,14 +235,21 @@ def _pass_on(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, many in one reduction; every rank has the same ones."""
+    """Replace every gradient by its mean over ranks, many in one reduction; 0 is that of a rank without."""
     if not dist.is_initialized():
         return
-    for grads in _buckets([p.grad for p in parameters if p.grad is not None]):
-        flat = torch.cat([grad.flatten() for grad in grads])
+    trained = [p for p in parameters if p.requires_grad]
+    present = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8)
+    dist.all_reduce(present, dist.ReduceOp.MAX)  # layers may be left out at random, on one rank and not on another
+    grads = []
+    for p in compress(trained, present.tolist()):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads.append(p.grad)
+    for bucket in _buckets(grads):
+        flat = torch.cat([grad.flatten() for grad in bucket])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+        for grad, mean in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
 
 
@@ -257,6 +267,14 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+def largest(x: Tensor) -> Tensor:
+    """The greatest of a value on all ranks, without gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
 
 
 def average(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from multimodal.evals.figures import batch_sheet
 from multimodal.kept_features import check_kept_features
 from multimodal.memory import check_micro_batches
 from multimodal.run_folder import config_text
+from multimodal.towers.batch_norm import check_batch_norms
 from multimodal.towers.images import ImagePreprocessor
 from multimodal.towers.text import TextPreprocessor
 
@@ -28,6 +29,8 @@ def dry_run(config: TrainConfig) -> None:
     assembled = assemble(config, source, None)
     with problems.at("micro_batch_size"):
         check_micro_batches(assembled.model, config)
+    with problems.at("towers"):
+        check_batch_norms(assembled.model)
     problems.report()
     order = Batches(len(source), config.seed, config.global_batch_size, 0, 1, start=0, stop=1)
     batch = next(training_batches(source, assembled.readers, order, config.seed, config.workers))

@@ -4,14 +4,14 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +20,9 @@ from multimodal.batch import Batch
 from multimodal.config import RunError, TrainConfig
 from multimodal.files import write_json
 from multimodal.model import Model
-from multimodal.step import Chunk, buffers_left_alone, encode_chunk
+from multimodal.parts import Loss
+from multimodal.step import Chunk, buffers_left_alone, encode_chunk, objective
+from multimodal.towers.batch_norm import trained_batch_norms
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,12 @@ FOUND = "micro_batch_size.json"
 """In a run's folder: what micro_batch_size=auto has found."""
 SHARE = 0.8
 """Of the free memory that may be used; the rest is for what libraries keep for themselves, and for fragments."""
-BESIDE = 4
-"""Times the trained weights that must fit beside activations: gradients, their sum over ranks, and two moments."""
+BESIDE = 3
+"""Times the trained weights that must fit beside a pass and its gradients: two moments, and room for an update."""
 PROBES = (2, 4)
 """Rows that are tried; what a forward pass keeps of one more row is their difference."""
-USED_UP = ("can't allocate memory", "out of memory")
-"""What torch says, on a CPU and on a GPU."""
+USED_UP = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+"""What torch, and the libraries of a GPU, say."""
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -81,55 +83,97 @@ def free_bytes(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def has_batch_norm(model: Model) -> bool:
-    """Whether features depend on which rows are encoded together, as they do under a batch norm that is trained."""
-    training = model.training
-    found = any(module.training for module in model.train().modules() if isinstance(module, _BatchNorm))
-    model.train(training)
-    return found
-
-
 def check_micro_batches(model: Model, config: TrainConfig) -> None:
     """ValueError if micro-batches would not compute what the whole batch does."""
     size, rows = config.micro_batch_size, config.global_batch_size // distributed.world_size()
-    if isinstance(size, int) and size < rows and has_batch_norm(model):
+    if isinstance(size, int) and size < rows and trained_batch_norms(model):
         raise ValueError(
             "the statistics of a batch norm are those of the whole batch, which micro-batches do not see: null, a "
             "tower without batch norm, or one that is frozen"
         )
 
 
-def micro_batch_that_fits(model: Model, batch: Batch, context: torch.autocast) -> int:
+def kept_micro_batch(
+    folder: Path, model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast
+) -> int:
+    """What `auto` means in a run: found at its first step, kept in its folder, and the same whenever it goes on.
+
+    On other ranks or another device it is found anew.
+    """
+    file, rows, device = folder / FOUND, len(batch.indices), _name(model.logit_scale.device)
+    kept = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else {})
+    if (kept.get("rows"), kept.get("device")) != (rows, device):
+        size = micro_batch_that_fits(model, losses, batch, context)
+        kept = {"micro_batch_size": size, "rows": rows, "device": device}
+        distributed.on_first_rank(lambda: write_json(file, kept))
+    logger.info("micro_batch_size=auto: %d of %d rows at a time", kept["micro_batch_size"], rows)
+    return int(kept["micro_batch_size"])
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def micro_batch_that_fits(model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast) -> int:
     """All rows of the batch, or the largest power of two whose activations fit, on all ranks; RunError if none do.
 
-    A few rows say where to begin; a pass over as many as are then chosen says whether they fit. With a batch norm that
-    is trained it is all rows, as nothing less will do.
+    A few rows say where to begin; a pass over as many as are then chosen says whether they fit, beside features and
+    losses of the whole batch. With a batch norm that is trained it is all rows, as nothing less will do.
     """
     rows = len(batch.indices)
-    if rows <= PROBES[-1] or has_batch_norm(model):
+    if rows <= PROBES[-1] or trained_batch_norms(model):
         return rows
-    beside = BESIDE * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    budget = int(SHARE * free_bytes(model.logit_scale.device)) - beside
-    few, more = (_passes(model, batch, context, probe)[0] for probe in PROBES)
-    guess = budget // max(1, (more - few) // (PROBES[1] - PROBES[0]))
-    size = rows if guess >= rows else 1 << (guess.bit_length() - 1) if guess > 0 else 0
-    while size and not _fits(model, batch, context, size, budget):
-        size //= 2
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    budget = int(SHARE * free_bytes(model.logit_scale.device)) - BESIDE * trained
+    with buffers_left_alone(model):
+        try:
+            budget -= _batch_bytes(model, losses, batch, context)
+            sizes = _sizes(model, batch, context, budget)
+            size = next((size for size in sizes if _fits(model, batch, context, size, budget)), 0)
+        except RuntimeError as error:
+            if not _is_used_up(error):
+                raise
+            size = 0
+        finally:
+            model.zero_grad(set_to_none=True)
     size = distributed.smallest(size)
     if size == 0:
         raise RunError("the activations of a single row do not fit into memory: a smaller model, or grad_checkpointing")
     return size
 
 
-def kept_micro_batch(folder: Path, model: Model, batch: Batch, context: torch.autocast) -> int:
-    """What `auto` means in a run: found at its first step, kept in its folder, and the same whenever it goes on."""
-    file = folder / FOUND
-    found = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else None)
-    if found is None:
-        found = micro_batch_that_fits(model, batch, context)
-        distributed.on_first_rank(lambda: write_json(file, found))
-    logger.info("micro_batch_size=auto: %d of %d rows at a time", found, len(batch.indices))
-    return int(found)
+def _batch_bytes(model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast) -> int:
+    """What features of the whole batch, their gradients and the losses take at their peak, as if all were trained."""
+    rows = len(batch.indices)
+    with torch.no_grad():
+        one = {tower: encode_chunk(model, batch, context, _chunk(tower, 1)) for tower in model.towers}
+    with Peak() as peak:
+        features = {
+            tower: {name: _unit_rows(x, rows).requires_grad_() for name, x in named.items()}
+            for tower, named in one.items()
+        }
+        total, _ = objective(model, losses, batch, features)
+        total.backward()  # type: ignore[no-untyped-call]
+    taken: int = peak.bytes
+    return taken
+
+
+def _unit_rows(row: Tensor, number: int) -> Tensor:
+    return F.normalize(torch.randn_like(row.repeat(number, 1)))
+
+
+def _sizes(model: Model, batch: Batch, context: torch.autocast, budget: int) -> Iterator[int]:
+    """From the largest: what may fit, by what a forward pass keeps of a few rows."""
+    rows = len(batch.indices)
+    few, more = (_passes(model, batch, context, probe)[0] for probe in PROBES)
+    by_tower = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(few, more, strict=True)]
+    if sum(by_tower) * rows <= budget:
+        yield rows
+    size = 1 << ((rows - 1).bit_length() - 1)
+    while size:
+        if max(by_tower) * size <= budget:
+            yield size
+        size //= 2
 
 
 def _fits(model: Model, batch: Batch, context: torch.autocast, rows: int, budget: int) -> bool:
@@ -141,23 +185,34 @@ def _fits(model: Model, batch: Batch, context: torch.autocast, rows: int, budget
         return False
 
 
-def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[int, int]:
-    """Forward and backward through every tower, one after the other, as for a micro-batch; leaves no gradients.
+def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[list[int], int]:
+    """Forward and backward, tower after tower for a micro-batch, through all of them together for the whole batch.
 
-    The bytes that the hungriest tower keeps for its backward pass, and the peak of all that is made on the way.
+    The bytes that each tower keeps for its backward pass, and the peak of all that is made on the way.
     """
-    kept = 0
-    with buffers_left_alone(model), Peak() as peak:
+    kept, alive = [], []
+    with Peak() as peak:
         for tower in model.towers:
             before = peak.alive
-            features = encode_chunk(model, batch, context, Chunk(tower, slice(0, rows), seed=0))
-            kept = max(kept, peak.alive - before)
-            trained = [tensor.sum() for tensor in features.values() if tensor.requires_grad]
-            if trained:
-                torch.autograd.backward(trained)
-            del features, trained
+            features = encode_chunk(model, batch, context, _chunk(tower, rows))
+            kept.append(peak.alive - before)
+            alive += [tensor.sum() for tensor in features.values() if tensor.requires_grad]
+            del features
+            if rows < len(batch.indices):
+                _go_back(alive)
+        _go_back(alive)
         model.zero_grad(set_to_none=True)
     return kept, peak.bytes
+
+
+def _chunk(tower: str, rows: int) -> Chunk:
+    return Chunk(tower, slice(0, rows), seed=0)
+
+
+def _go_back(totals: list[Tensor]) -> None:
+    if totals:
+        torch.autograd.backward(totals)
+        totals.clear()
 
 
 def _is_used_up(error: RuntimeError) -> bool:

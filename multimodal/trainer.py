@@ -6,9 +6,8 @@ import math
 import secrets
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,7 +42,8 @@ from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.optim import parameter_groups
 from multimodal.parts import RunInfo
-from multimodal.step import training_step
+from multimodal.step import replay_tolerance, training_step
+from multimodal.towers.batch_norm import check_batch_norms
 from multimodal.tracker import METRICS, SUMMARY, RunLog
 from multimodal.units import Cadence
 
@@ -53,8 +53,6 @@ FIRST_BROKEN = 100
 """Before so many samples were seen, a share of broken ones says nothing."""
 LINES = 20
 """How many lines a run prints on its progress where there is no terminal for a bar."""
-REPLAY_ERROR = 0.05
-"""So far features of a second pass may be from the first: rounding is less, other random masks are more."""
 PATIENCE = 2.0
 """Seconds after a stop signal from which on a second one is obeyed at once."""
 
@@ -73,6 +71,7 @@ class Trainer:
         self.last_save = time.monotonic()
         self.stop_signal: float | None = None  # when it came
         self.not_finite = torch.zeros((), device=self.device)
+        self.replay_error = torch.zeros((), device=self.device)  # the largest so far
         self.micro_batch_size = config.micro_batch_size
 
     def run(self) -> dict[str, Any]:
@@ -128,6 +127,8 @@ class Trainer:
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
         with problems.at("micro_batch_size"):
             check_micro_batches(self.model, config)
+        with problems.at("towers"):
+            check_batch_norms(self.model)
         with problems.at("towers"):
             self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, tunings))
         problems.report()
@@ -208,10 +209,11 @@ class Trainer:
         with self._progress() as bar:
             while state.step < state.total_steps:
                 with self.clock.waiting():
-                    batch = self._to_device(next(batches))
+                    batch = next(batches).to(self.device)
                 lr = self._set_lr()
                 measured = self._step(batch)
                 self.not_finite += 1 - measured["finite"]
+                self.replay_error = torch.maximum(self.replay_error, measured.get("replay_error", self.replay_error))
                 state.step += 1
                 self.clock.steps += 1
                 bar.update()
@@ -233,7 +235,7 @@ class Trainer:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         config, state, context = self.config, self.state, self.assembled.context
         if self.micro_batch_size == "auto":
-            self.micro_batch_size = kept_micro_batch(self.folder, self.model, batch, context)
+            self.micro_batch_size = kept_micro_batch(self.folder, self.model, config.loss, batch, context)
         size = self.micro_batch_size
         with running_out_is_explained(size, len(batch.indices), config.global_batch_size):
             return training_step(
@@ -278,13 +280,14 @@ class Trainer:
         every = max(1, cadence.steps(self.config.global_batch_size, self.steps_per_epoch))
         return self.state.step % every == 0
 
-    def _to_device(self, batch: Batch) -> Batch:
-        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: x.to(self.device, non_blocking=True) for name, x in tensors.items()}
-
-        return replace(batch, inputs=moved(batch.inputs), pooled=moved(batch.pooled), ids=moved(batch.ids))
-
-    def _require_finite(self) -> None:
+    def _require_sound(self) -> None:
+        """RunError if an update was left out; asked where the device is waited for anyway."""
+        if self.replay_error > replay_tolerance(self.assembled.context):
+            raise RunError(
+                "micro_batch_size: a tower gave other features in the second pass over a batch than in the first, so "
+                "its gradients would be wrong; the last checkpoint is from before. Random numbers of a tower should "
+                "come from torch's generators; or micro_batch_size=null"
+            )
         if self.not_finite:
             count, step = int(self.not_finite), self.state.step
             raise RunError(
@@ -293,13 +296,7 @@ class Trainer:
             )
 
     def _log_training(self, measured: dict[str, Tensor], lr: float, bar: Any) -> None:
-        self._require_finite()
-        if float(measured.get("replay_error", 0.0)) > REPLAY_ERROR:
-            raise RunError(
-                "micro_batch_size: a tower gave other features in the second pass over a batch than in the first, so "
-                "gradients are wrong. Random numbers of a tower should come from torch's generator; or "
-                "micro_batch_size=null"
-            )
+        self._require_sound()
         state, clock = self.state, self.clock
         values = {f"train/{name}": float(value) for name, value in measured.items() if name != "finite"}
         values |= {
@@ -330,7 +327,7 @@ class Trainer:
         due = {name: run for name, run in self.evaluations.items() if everything or self._due(parts[name].every)}
         if not due:
             return False
-        self._require_finite()
+        self._require_sound()
         with self.clock.paused():
             try:
                 values, reports = evaluate(due, self.config, self.assembled)
@@ -355,7 +352,7 @@ class Trainer:
         return True
 
     def _save(self, best: bool) -> None:
-        self._require_finite()
+        self._require_sound()
         with self.clock.paused():
             if self.log is not None:
                 self.state.log_bytes = self.log.flush()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyConfig
-from test_micro_batches import FP32, INPUTS, SEED, WIDTH, Recorder, model
+from test_micro_batches import FP32, INPUTS, SEED, WIDTH, Noisy, Recorder, model
 from torch import Tensor, nn
 
 from multimodal import memory
@@ -71,21 +71,57 @@ def test_a_larger_batch_takes_memory_for_its_features_only() -> None:
 
 def test_the_micro_batch_that_fits_grows_with_memory_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     one, data = deep()
-    before = copy.deepcopy(one.state_dict())
-    found = {}
-    per_row = 21 * 64 * 8
-    for free in (0.2e6, 0.5e6, 1e6, 1e9):
+    found = []
+    losses: dict[str, Loss] = {"pull": Pull()}
+    for free in (0.3e6, 0.6e6, 1.2e6, 4e6, 9e6):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
-        found[free] = micro_batch_that_fits(one, data, FP32)
-        assert found[free] * per_row <= free
-    assert list(found.values()) == sorted(found.values())
-    assert found[0.5e6] >= 8
-    assert found[1e9] == 256
-    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
-    assert all(parameter.grad is None for parameter in one.parameters())
+        before = copy.deepcopy(one.state_dict())
+        found.append(micro_batch_that_fits(one, losses, data, FP32))
+        assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+        assert all(parameter.grad is None for parameter in one.parameters())
+        with Peak() as peak:
+            training_step(one, losses, Recorder(one.parameters(), lr=0), data, FP32, None, found[-1], SEED)
+        assert peak.bytes <= free
+        assert peak.bytes > free / 4 or found[-1] == 256
+    assert found == sorted(found)
+    assert len(set(found)) > 3
+    assert found[-1] == 256
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(RunError, match="single row"):
-        micro_batch_that_fits(one, data, FP32)
+        micro_batch_that_fits(one, losses, data, FP32)
+
+
+def test_the_losses_of_the_whole_batch_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, data = deep()
+    logits = 8 * 256**2
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * logits)
+    assert micro_batch_that_fits(one, {"pull": Pull()}, data, FP32) > 64
+    with pytest.raises(RunError):
+        micro_batch_that_fits(one, {"infonce": InfoNCE()}, data, FP32)
+
+
+@pytest.mark.parametrize("limit", [2, 7, 12, 13])
+def test_where_memory_is_really_used_up_the_next_smaller_size_is_tried(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Limited(Noisy):
+        def forward(self, inputs: Tensor) -> Tensor:
+            features = super().forward(inputs)
+            if len(inputs) >= limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return features
+
+    one, data = model(), Batch({k: torch.randn(12, INPUTS).double() for k in ("image", "text")}, torch.arange(12))
+    one.towers["image"] = Limited().double()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
+    before = copy.deepcopy(one.state_dict())
+    if limit == 2:
+        with pytest.raises(RunError, match="single row"):
+            micro_batch_that_fits(one, {"infonce": InfoNCE()}, data, FP32)
+    else:
+        assert micro_batch_that_fits(one, {"infonce": InfoNCE()}, data, FP32) == {7: 4, 12: 8, 13: 12}[limit]
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+    assert all(parameter.grad is None for parameter in one.parameters())
 
 
 def test_a_step_with_the_micro_batch_that_fits_does_fit_where_weights_are_most_of_it(
@@ -98,19 +134,16 @@ def test_a_step_with_the_micro_batch_that_fits_does_fit_where_weights_are_most_o
     one = one.double()
     rows = 4096
     data = Batch({k: torch.randn(rows, INPUTS, dtype=torch.float64) for k in one.towers}, torch.arange(rows))
-    losses: dict[str, Loss] = {"infonce": InfoNCE()}
+    losses: dict[str, Loss] = {"pull": Pull()}
     found = []
     for free in (60e6, 90e6, 1e9):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
-        found.append(micro_batch_that_fits(one, data, FP32))
+        found.append(micro_batch_that_fits(one, losses, data, FP32))
         with Peak() as peak:
-            for tower in one.towers:
-                one.encode(tower, data.inputs[tower][: found[-1]]).sum().backward()
+            training_step(one, losses, Recorder(one.parameters(), lr=1), data, FP32, None, found[-1], SEED)
         assert peak.bytes <= free
-        one.zero_grad(set_to_none=True)
     assert 8 < found[0] < found[1] < rows
     assert found[2] == rows
-    training_step(one, losses, Recorder(one.parameters(), lr=1), data, FP32, None, found[0], SEED)
 
 
 def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,15 +173,23 @@ def test_the_trainer_finds_a_size_once_and_computes_the_same_with_it(
 
     whole = tiny_config("run.name=whole")
     Trainer(whole).run()
-    monkeypatch.setattr(memory, "micro_batch_that_fits", lambda *_: 6)
+    calls: list[int] = []
+
+    def find(*arguments: Any) -> int:
+        calls.append(len(arguments[2].indices))
+        return 6
+
+    monkeypatch.setattr(memory, "micro_batch_that_fits", find)
     auto = tiny_config("run.name=auto", "micro_batch_size=auto")
     Trainer(auto).run()
     for ours, theirs in zip(rows(auto), rows(whole), strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
-    assert json.loads((auto.folder / "micro_batch_size.json").read_text()) == 6
-
-    def again(*_: Any) -> int:
-        raise AssertionError("it is known already")
-
-    monkeypatch.setattr(memory, "micro_batch_that_fits", again)
+    kept = auto.folder / "micro_batch_size.json"
+    assert json.loads(kept.read_text()) == {"micro_batch_size": 6, "rows": 16, "device": "cpu"}
     Trainer(tiny_config("run.name=auto", "micro_batch_size=auto", "duration=9steps")).run()
+    assert calls == [16]
+    for other in ({"rows": 8}, {"device": "NVIDIA H100"}):
+        kept.write_text(json.dumps({"micro_batch_size": 4, "rows": 16, "device": "cpu", **other}))
+        steps = 10 + len(calls)
+        Trainer(tiny_config("run.name=auto", "micro_batch_size=auto", f"duration={steps}steps")).run()
+    assert calls == [16, 16, 16], "on other ranks, or another device, it is found anew"

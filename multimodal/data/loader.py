@@ -87,6 +87,10 @@ def _collate(rows: list[_Row]) -> Batch:
     inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
     pooled = {name: torch.stack([row.pooled[name] for row in rows]) for name in rows[0].pooled}
     replaced = [line for row in rows for line in row.replaced]
+    for row in rows:
+        if row.ids.keys() != rows[0].ids.keys():
+            known = [f"sample {one.index} has {' and '.join(one.ids)}" for one in (rows[0], row)]
+            raise BadSample(f"all samples should have a class, or none: {', '.join(known)}")
     ids = {kind: torch.tensor([row.ids[kind] for row in rows]) for kind in rows[0].ids}
     indices, truncated = torch.tensor([row.index for row in rows]), sum(row.truncated for row in rows)
     return Batch(inputs, indices, ids, replaced, truncated, pooled)

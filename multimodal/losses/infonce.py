@@ -51,10 +51,9 @@ def info_nce(
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing should be at least 0 and below 1: {label_smoothing} given")
+    smoothed = "" if 0 <= label_smoothing < 1 else f"label_smoothing should be in [0, 1), got {label_smoothing}"
     precision, device = product_dtype(x, y), x.device.type
-    check_inputs(x, y, ids, f"InfoNCE of {same} pairs in {precision}, label_smoothing={label_smoothing}")
+    check_inputs(x, y, ids, f"InfoNCE of {same} pairs in {precision}, label_smoothing={label_smoothing}", smoothed)
     with torch.autocast(device, enabled=False):
         scale = logit_scale.to(sums_dtype(precision))
         own = distributed.own_rows(x)
@@ -62,6 +61,7 @@ def info_nce(
         ids = None if ids is None else distributed.gather(ids)
         excluded = (ids[own], ids) if ids is not None and same == "masked" else None
         keep = len(x) * len(y) <= KEPT_LOGITS if keep_logits is None else keep_logits
+        keep = keep and torch.is_grad_enabled()
         partner, row, column = negatives(x, y, scale, precision, tile, keep, own.start, excluded)
         column = distributed.logsumexp(column)[own]
         losses = -(F.logsigmoid(partner - row) + F.logsigmoid(partner - column)) / 2

@@ -11,10 +11,10 @@ def check_inputs(
     y: Tensor,  # [b, D]
     ids: Tensor | None,  # int64 [b]
     settings: str,  # what else must be the same on all ranks
+    problem: str = "",  # with the settings
 ) -> None:
     """ValueError on all ranks if one's features do not fit each other, or fit another rank's; never a hang."""
     shapes, dtypes = f"{list(x.shape)} and {list(y.shape)}", f"{x.dtype} and {y.dtype}"
-    problem = ""
     if x.ndim != 2 or x.shape != y.shape:
         problem = f"features should be two matrices of one shape, row i of x matching row i of y, not {shapes}"
     elif x.numel() == 0:

@@ -99,9 +99,9 @@ class _Negatives(torch.autograd.Function):
 class _Running:
     """A log-sum-exp for each of many sums whose terms come bit by bit: 2^peaks sums."""
 
-    def __init__(self, length: int, like: Tensor) -> None:
-        self.peaks = like.new_full((length,), torch.finfo(like.dtype).min)
-        self.sums = like.new_zeros(length)
+    def __init__(self, length: int, scale: Tensor) -> None:
+        self.peaks = scale.new_full((length,), torch.finfo(scale.dtype).min)
+        self.sums = scale.new_zeros(length)
 
     def add(self, part: slice, peaks: Tensor, sums: Tensor) -> None:
         """Take 2^peaks sums into a part."""
@@ -113,7 +113,7 @@ class _Running:
     def add_apart(self, part: slice, logits: Tensor, dim: int, memory: Tensor) -> None:
         """Take a tile's logits along `dim` into a part, each sum relative to its own greatest."""
         peaks = logits.amax(dim).clamp_min_(torch.finfo(logits.dtype).min)
-        powers = torch.sub(logits, peaks.unsqueeze(dim), out=_fit(memory, logits)).exp2_()
+        powers = torch.sub(logits, peaks.unsqueeze(dim), out=fit(memory, logits.shape)).exp2_()
         self.add(part, peaks, powers.sum(dim))
 
     def result(self) -> Tensor:
@@ -126,7 +126,7 @@ def _add_together(rows: _Running, columns: _Running, i: slice, j: slice, logits:
     if not _answers_at_once(logits):
         return False
     peak = (logits.amax() - HEADROOM).clamp_min_(torch.finfo(logits.dtype).min)
-    powers = torch.sub(logits, peak, out=_fit(memory, logits)).exp2_()
+    powers = torch.sub(logits, peak, out=fit(memory, logits.shape)).exp2_()
     row_sums, column_sums = powers.sum(1), powers.sum(0)
     smallest = torch.finfo(logits.dtype).tiny / torch.finfo(logits.dtype).eps ** 2
     fits = bool(row_sums.min() > smallest) and bool(column_sums.min() > smallest)
@@ -151,9 +151,9 @@ def _weights_together(
     if not bool(high - low < SPAN):
         return None
     middle = (low + high) / 2
-    powers = torch.sub(logits, middle, out=_fit(memory[0], logits)).exp2_()
+    powers = torch.sub(logits, middle, out=fit(memory[0], logits.shape)).exp2_()
     of_rows, of_columns = row_grad * (middle - row_lse).exp2_(), column_grad * (middle - column_lse).exp2_()
-    return powers.mul_(torch.add(of_rows[:, None], of_columns, out=_fit(memory[1], logits)))
+    return powers.mul_(torch.add(of_rows[:, None], of_columns, out=fit(memory[1], logits.shape)))
 
 
 def _weights_apart(
@@ -165,15 +165,11 @@ def _weights_apart(
     memory: tuple[Tensor, Tensor],
 ) -> Tensor:
     """The same for any range."""
-    by_row = torch.sub(logits, row_lse[:, None], out=_fit(memory[0], logits)).exp2_()
-    by_column = torch.sub(logits, column_lse, out=_fit(memory[1], logits)).exp2_()
+    by_row = torch.sub(logits, row_lse[:, None], out=fit(memory[0], logits.shape)).exp2_()
+    by_column = torch.sub(logits, column_lse, out=fit(memory[1], logits.shape)).exp2_()
     return by_row.mul_(row_grad[:, None]).addcmul_(by_column, column_grad)
 
 
 def _answers_at_once(x: Tensor) -> bool:
     """Whether a question about values does not have to wait for the device."""
     return x.device.type == "cpu"
-
-
-def _fit(memory: Tensor, tile: Tensor) -> Tensor:
-    return fit(memory, (tile.shape[0], tile.shape[1]))

@@ -136,7 +136,7 @@ def _pairs(
             logits.mul_(signs)
             if first is not None:
                 partners(logits, i, j, first).fill_(-torch.inf)
-        loss = sum_softplus(logits, fit(memory, (logits.shape[0], logits.shape[1])))
+        loss = sum_softplus(logits, fit(memory, logits.shape))
         weights = logits.sigmoid_()
         if signs is not None:
             weights.mul_(signs)

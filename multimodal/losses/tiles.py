@@ -1,7 +1,7 @@
 """Logits of all pairs, a tile at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import torch
@@ -82,9 +82,9 @@ def blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def fit(memory: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The first part of some memory, in a shape."""
-    return memory[: shape[0] * shape[1]].view(shape)
+def fit(memory: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first part of some memory, in a shape of two dimensions."""
+    return memory[: shape[0] * shape[1]].view(shape[0], shape[1])
 
 
 def partners(tile: Tensor, rows: slice, columns: slice, first: int) -> Tensor:

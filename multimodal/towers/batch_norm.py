@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from multimodal import distributed
 
@@ -18,8 +19,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         x = input if input.dtype == torch.float64 else input.float()
-        means = distributed.gather(x.mean((0, 2, 3))[None])  # [ranks, C]
-        variances = distributed.gather(x.var((0, 2, 3), correction=0)[None])
+        moments = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
+        means, variances = distributed.gather(moments[None]).unbind(1)  # [ranks, C] each
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)  # Chan et al. 1979, for equal parts
         self._track(mean.detach(), variance.detach(), x.numel() // x.shape[1] * distributed.world_size())
@@ -48,3 +49,26 @@ def normalise_globally(network: nn.Module) -> None:
             setattr(network, name, replacement)
         else:
             normalise_globally(child)
+
+
+def trained_batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """By name, those that take the statistics of a batch in training: features depend on what else is in it."""
+    training = model.training
+    named = model.train().named_modules()
+    found = {name: module for name, module in named if isinstance(module, _BatchNorm) and module.training}
+    model.train(training)
+    return found
+
+
+def check_batch_norms(model: nn.Module) -> None:
+    """ValueError where one takes the statistics of its rank's rows, which are not those of the global batch."""
+    local = [
+        name
+        for name, module in trained_batch_norms(model).items()
+        if not isinstance(module, GlobalBatchNorm2d | nn.SyncBatchNorm)
+    ]
+    if distributed.world_size() > 1 and local:
+        raise ValueError(
+            f"{local[0]} is a batch norm over the rows of one rank only; a tower whose batch norms are BatchNorm2d, or "
+            "without, or one that is frozen"
+        )

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from multimodal import distributed
 from multimodal.parts import Operational, did_you_mean
 from multimodal.resolve import problem
-from multimodal.towers.batch_norm import GlobalBatchNorm2d, normalise_globally
+from multimodal.towers.batch_norm import normalise_globally
 from multimodal.towers.images import Colour, ImageEncoder, ImagePreprocessor, ImageTower
 from multimodal.towers.projection import check_width
 
@@ -114,11 +113,6 @@ class TimmTrunk(ImageTower):
             except AssertionError:
                 raise ValueError(f"grad_checkpointing: {self.name} cannot do it") from None
         normalise_globally(trunk)
-        if distributed.world_size() > 1 and any(
-            isinstance(module, nn.BatchNorm2d) and not isinstance(module, GlobalBatchNorm2d)
-            for module in trunk.modules()
-        ):
-            raise ValueError(f"name: the batch norms of {self.name} cannot be taken over several ranks")
         pool = net.head._modules.pop("pool", None)
         projection, net.head = net.head, nn.Sequential(OrderedDict(pool=pool) if pool else OrderedDict())
         own = getattr(trunk, "head_hidden_size", trunk.num_features)
