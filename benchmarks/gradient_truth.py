@@ -5,9 +5,9 @@
 Two small transformers in float64, 16 pairs. The truth is one backward through the whole batch in one process. Each row
 is another way to the same gradient: several ranks (gloo), micro-batches, or both. Of the towers' gradient the ratio of
 norms and the cosine to the truth are given, of logit_scale the ratio; the error is the largest difference of an entry,
-as a share of the largest entry. open_clip's gradients are averaged over ranks as its DistributedDataParallel does;
-its accumulation is written here as its training loop has it (`--accum-freq`), which is no part of the package. Ends in
-one line of JSON: errors and ratios by name.
+as a share of the largest entry of the towers'. open_clip's gradients are averaged over ranks as its
+DistributedDataParallel does; its accumulation is written here as its training loop has it (`--accum-freq`), which is no
+part of the package. Ends in one line of JSON: errors and ratios by name.
 """
 
 import json

@@ -223,7 +223,7 @@ class TrainConfig(Config):
     max_grad_norm: float | None = Field(gt=0)
     """Gradients are scaled down to this norm; null for no limit."""
     precision: Literal["auto", "fp32", "bf16"]
-    """bf16 runs the towers under autocast; auto takes it where the hardware has it. The loss is in float32 always."""
+    """bf16 runs the towers under autocast; auto takes it where the hardware has it. Losses have one of their own."""
     device: Operational[Literal["auto", "cpu", "cuda"]]
     """auto takes a GPU if there is one."""
     workers: Operational[int] = Field(ge=0)

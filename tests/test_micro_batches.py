@@ -21,8 +21,8 @@ from multimodal.batch import Batch, Features
 from multimodal.config import ConfigError, ModelSection, RunError, TrainConfig, check
 from multimodal.data.augment import Keep
 from multimodal.dry_run import dry_run
-from multimodal.losses.infonce import InfoNCE
-from multimodal.losses.sigmoid import Sigmoid
+from multimodal.losses.infonce import InfoNCE, info_nce
+from multimodal.losses.sigmoid import Sigmoid, sigmoid_loss
 from multimodal.model import Model
 from multimodal.parts import Loss, TowerModule
 from multimodal.step import _random_seed, replay_tolerance, training_step
@@ -33,7 +33,7 @@ from multimodal.towers.text_transformer import TextTransformer
 from multimodal.towers.vit import ViT
 from multimodal.trainer import Trainer
 
-ROWS, INPUTS, WIDTH = 12, 5, 8
+ROWS, INPUTS, WIDTH = 16, 5, 8
 FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
 SEED = (3, 7)
 SIZES = [None, 1, 4, 5, 12, 100]
@@ -191,14 +191,37 @@ def test_gradients_are_those_of_one_joint_backward_with_dropout_on(case: str, si
     assert_same(gradients(ours, CASES[case](ours, batch()), size), joint(theirs, CASES[case](theirs, batch()), size))
 
 
+class InfoNCEInTiles(InfoNCE):
+    """In tiles that divide the batch, or do not, and are not kept."""
+
+    tile: int
+
+    def compare(self, x: Tensor, y: Tensor, features: Features) -> Tensor:
+        asked: dict[str, Any] = {"tile": self.tile, "keep_logits": False, "label_smoothing": self.label_smoothing}
+        return info_nce(x, y, features.logit_scale, **asked, **self.targets(features))
+
+
+class SigmoidInTiles(Sigmoid):
+    """Likewise."""
+
+    tile: int
+
+    def compare(self, x: Tensor, y: Tensor, features: Features) -> Tensor:
+        assert features.logit_bias is not None
+        asked: dict[str, Any] = {"tile": self.tile, "exchange": self.exchange}
+        return sigmoid_loss(x, y, features.logit_scale, features.logit_bias, **asked, **self.targets(features))
+
+
 PAIR_LOSSES: dict[str, Loss] = {
     "infonce": InfoNCE(),
-    "infonce smoothed": InfoNCE(label_smoothing=0.1),
-    "infonce positive": InfoNCE(duplicates="positive"),
-    "infonce masked smoothed": InfoNCE(duplicates="masked", label_smoothing=0.1),
+    "infonce in tiles": InfoNCEInTiles(tile=4),
+    "infonce smoothed": InfoNCEInTiles(tile=5, label_smoothing=0.1),
+    "infonce positive": InfoNCEInTiles(tile=3, duplicates="positive"),
+    "infonce masked smoothed": InfoNCEInTiles(tile=5, duplicates="masked", label_smoothing=0.1),
     "sigmoid": Sigmoid(),
-    "sigmoid positive": Sigmoid(duplicates="positive"),
-    "sigmoid masked in a ring": Sigmoid(duplicates="masked", exchange="ring"),
+    "sigmoid smaller tiles": SigmoidInTiles(tile=5),
+    "sigmoid positive": SigmoidInTiles(tile=4, duplicates="positive"),
+    "sigmoid masked in a ring": SigmoidInTiles(tile=3, duplicates="masked", exchange="ring"),
 }
 
 

@@ -124,10 +124,14 @@ def _disagreements() -> tuple[list[tuple[str, str]], str]:
         losses = [partial(info_nce, *features, scale, **asked)]
         losses += [partial(sigmoid_loss, *features, scale, scale, **asked, exchange=e) for e in ("gather", "ring")]
         told += [(words, _refusal(loss)) for loss in losses]
-    smoothing = 0.1 if other else 0.2
-    told.append(("label_smoothing=0.1", _refusal(partial(info_nce, x, x, scale, label_smoothing=smoothing))))
-    with torch.autocast("cpu", torch.bfloat16, enabled=other):
-        told.append(("in torch.bfloat16", _refusal(partial(info_nce, x, x, scale))))
+    for smoothing, words in ((0.1, "label_smoothing=0.1"), (1.0, "[0, 1), got 1.0")):
+        loss = partial(info_nce, x, x, scale, label_smoothing=smoothing if other else 0.2)
+        told.append((words, _refusal(loss)))
+    exchange: Literal["gather", "ring"] = "ring" if other else "gather"
+    told.append(("by ring", _refusal(partial(sigmoid_loss, x, x, scale, scale, exchange=exchange))))
+    for bf16 in (partial(info_nce, x, x, scale), partial(sigmoid_loss, x, x, scale, scale)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=other):
+            told.append(("in torch.bfloat16", _refusal(bf16)))
     return told, f"{info_nce(x, x, scale):.3f}"
 
 
@@ -227,7 +231,7 @@ def _steps(sizes: list[int | None]) -> list[tuple[dict[str, Tensor], float]]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_micro_batches_on_ranks_have_the_gradient_of_the_definition(ranks: int) -> None:
-    sizes: list[int | None] = [None, 1, 2, 4]
+    sizes: list[int | None] = [None, 1, 2, 3]
     losses = micro.PAIR_LOSSES.values()
     expected = [
         micro.joint(micro.model(), micro.batch(), size, partial(micro.by_definition, loss), ranks)
@@ -236,6 +240,52 @@ def test_micro_batches_on_ranks_have_the_gradient_of_the_definition(ranks: int) 
     for found in on_ranks(ranks, _steps, sizes):
         for ours, theirs in zip(found, expected, strict=True):
             micro.assert_same(ours, theirs)
+
+
+class _Skips(micro.Noisy):
+    """Leaves its last layer out on the second rank."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        whole = distributed.rank() == 0 or distributed.world_size() == 1
+        features: Tensor = self.net(inputs) if whole else self.net[:-1](inputs)
+        return features
+
+
+def _step_of_unlike_ranks(broken: bool) -> tuple[dict[str, Tensor], float, list[int]]:
+    """A step in micro-batches whose ranks train other layers; the second one's inputs may be broken."""
+    one = micro.model()
+    one.towers["image"] = _Skips(dropout=0.0).double()
+    data = micro.batch()
+    share = Batch(
+        {k: mine(x) for k, x in data.inputs.items()}, mine(data.indices), {"caption": mine(data.ids["caption"])}
+    )
+    if broken and distributed.rank() == 1:
+        share.inputs["image"][0] = math.nan
+    sizes: list[int] = []
+    reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any) -> Any:
+        sizes.append(tensor.numel())
+        return reduce(tensor, *arguments)
+
+    dist.all_reduce = counted
+    optimizer = torch.optim.AdamW(one.parameters(), lr=0.1, fused=True)
+    measured = training_step(one, {"infonce": InfoNCE()}, optimizer, share, micro.FP32, 1.0, 3, micro.SEED)
+    dist.all_reduce = reduce
+    return dict(one.named_parameters()), float(measured["finite"]), sizes
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_ranks_that_train_other_layers_or_break_stay_the_same(broken: bool) -> None:
+    before = micro.model()
+    (ours, finite, sizes), (theirs, others_finite, _) = on_ranks(2, _step_of_unlike_ranks, broken)
+    assert finite == others_finite == float(not broken)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    changed = [k for k, p in before.towers["text"].named_parameters() if not torch.equal(p, ours[f"towers.text.{k}"])]
+    assert bool(changed) != broken
+    parameters = sum(p.numel() for p in before.parameters() if p.requires_grad) - 1  # no loss reads the bias
+    assert sizes.count(parameters) == 1, "all gradients in one reduction, whatever the number of micro-batches"
+    assert max(size for size in sizes if size != parameters) < parameters / 2
 
 
 def _lent_gradient(x: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def sigmoid_loss(
     """Each pair by itself, on every rank: does it belong together? Summed over all pairs, divided by B.
 
     The matrix of logits is computed once, in tiles, and the gradient along with it: what is saved is as large as the
-    features. With `exchange="ring"` a rank never holds more of `y` than its own rows and those of one other rank, for
-    as many messages as there are ranks; else all rows are gathered. Precision of sums and products is as in `info_nce`.
+    features. With `exchange="ring"` a rank holds no more of `y` than its own rows, those of one other rank and those
+    that it receives, for as many messages as there are ranks; else all rows are gathered. Precision of sums and
+    products is as in `info_nce`.
 
     - Equals open_clip's `SigLipLoss`, on several ranks with any of its `dist_impl` (the mean over ranks).
     - `same="positive"`: pairs of equal ids belong together. `same="masked"`: they do not count, but partners do.
