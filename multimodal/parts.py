@@ -220,9 +220,10 @@ class Loss(Part):
 
 
 class Optimizer(Part):
-    """`groups` are torch's parameter groups, decay already split off for gains, biases and scales.
+    """`groups` are torch's parameter groups, with their own `lr` and `weight_decay`; `hidden` are matrices of blocks.
 
-    What is built heeds torch's `found_inf` (the fused optimizers do), so that a step that is not finite is left out.
+    What is built heeds torch's `found_inf`: where it is 1, weights and state stay as they were. The fused optimizers
+    do, others do as `optim.heeding_found_inf` returns them.
     """
 
     lr: float = Field(gt=0)

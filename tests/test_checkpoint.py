@@ -70,10 +70,14 @@ def assert_equal(ours: dict[str, Tensor], others: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], others[name]), name
 
 
-def test_what_is_loaded_is_what_was_saved_to_the_last_bit(run: Run, tiny_config: TinyConfig) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_what_is_loaded_is_what_was_saved_to_the_last_bit(
+    tiny_config: TinyConfig, tmp_path: Path, optimizer: str
+) -> None:
+    run = Run(tiny_config(f"optimizer={optimizer}"), tmp_path / "run")
     run.save(5)
     folder = find(run.folder)
-    other = Run(tiny_config("seed=2"), run.folder)
+    other = Run(tiny_config("seed=2", f"optimizer={optimizer}"), run.folder)
     assert not torch.equal(other.model.towers["text"].projection.weight, run.model.towers["text"].projection.weight)
     checkpoint.load_model(folder, other.model)
     checkpoint.load_optimizer(folder, other.model, other.optimizer)

@@ -1,5 +1,6 @@
 """The laws of depth, on real towers of each family: what layer decay, frozen blocks and weight decay mean for them."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,43 @@ def test_weights_decay_as_in_open_clip(kind: str, module: TowerModule) -> None:
     parameters = dict(module.named_parameters())
     for name, (_, decay) in rates(module, Tuning()).items():
         assert decay == (0.0 if excluded(name, parameters[name].ndim) else 0.1), name
+
+
+OPEN_CLIP = {"attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+POOL = {f"net.attn_pool.attn.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")}
+TIMM_BLOCK = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
+HIDDEN: dict[str, set[str]] = {
+    "vit": {f"net.transformer.resblocks.*.{name}" for name in OPEN_CLIP},
+    "vit_attn": {f"net.transformer.resblocks.*.{name}" for name in OPEN_CLIP} | POOL,
+    "resnet": {f"net.attnpool.{name}_proj.weight" for name in "qkv"},  # not c_proj, which projects
+    "text": {f"net.transformer.resblocks.*.{name}" for name in OPEN_CLIP},
+    "convnext": set(),
+    "timm_vit": {f"net.trunk.blocks.*.{name}" for name in TIMM_BLOCK},
+    "swin": {f"net.trunk.layers.*.blocks.*.{name}" for name in TIMM_BLOCK}
+    | {"net.trunk.layers.*.downsample.reduction.weight"},
+    "bert": {
+        f"net.encoder.layer.*.{name}.weight"
+        for name in (
+            *(f"attention.self.{name}" for name in ("query", "key", "value")),
+            *("attention.output.dense", "intermediate.dense", "output.dense"),
+        )
+    }
+    | {"net.pooler.dense.weight"},
+    "t5": {f"net.block.*.layer.0.SelfAttention.{name}.weight" for name in "qkvo"}
+    | {f"net.block.*.layer.1.DenseReluDense.{name}.weight" for name in ("wi", "wo")},
+}
+
+
+def test_hidden_are_the_matrices_that_blocks_multiply_by(kind: str, module: TowerModule) -> None:
+    """Neither embeddings, nor tables of positions, queries, kernels, or what projects into the shared space."""
+    model = Model({"x": module}, SECTION)
+    groups = parameter_groups(model, ADAMW, {})
+    hidden = {id(p) for group in groups if group["hidden"] for p in group["params"]}
+    found = {name: id(p) in hidden for name, p in module.named_parameters()}
+    assert {name for name in found if found[name]} == {
+        name for name in found if any(fnmatchcase(name, pattern) for pattern in HIDDEN[kind])
+    }
+    assert all(any(fnmatchcase(name, pattern) for name in found) for pattern in HIDDEN[kind])
 
 
 def test_layer_decay_is_refused_where_blocks_are_not_known() -> None:

@@ -18,7 +18,7 @@ LAYERS = (
     ("resolve",),
     ("parts",),
     FAMILIES,
-    ("config", "model", "optim", "encoder"),
+    ("config", "model", "optim", "optimizers", "encoder"),
     ("step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "finished_run", "memory", "outline", "run_folder"),
     ("export",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}
-PARTS = (*FAMILIES, "optim", "tracker")
+PARTS = (*FAMILIES, "optim", "optimizers", "tracker")
 HEAVY = ("open_clip", "torchvision", "timm", "transformers", "wandb", "matplotlib", "hydra", "datasets", "faiss")
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +16,8 @@ from multimodal.config import ModelSection
 from multimodal.losses.infonce import InfoNCE
 from multimodal.model import Model
 from multimodal.optim import AdamW, parameter_groups
+from multimodal.optimizers.lion import Lion
+from multimodal.optimizers.muon import Muon
 from multimodal.parts import Loss, TowerModule
 from multimodal.step import training_step
 
@@ -59,6 +61,19 @@ def batch(seed: int = 0) -> Batch:
 def adamw(model: Model, lr: float = LR) -> torch.optim.Optimizer:
     part = AdamW(lr=lr, weight_decay=DECAY, betas=BETAS, eps=EPS)
     return part.build(parameter_groups(model, part, {}))
+
+
+def lion(model: Model) -> torch.optim.Optimizer:
+    part = Lion(lr=LR, weight_decay=DECAY, betas=BETAS)
+    return part.build(parameter_groups(model, part, {}))
+
+
+def muon(model: Model) -> torch.optim.Optimizer:
+    part = Muon(lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=True, ns_steps=5, betas=BETAS, eps=EPS)
+    return part.build(parameter_groups(model, part, {}))
+
+
+Build = Callable[[Model], torch.optim.Optimizer]
 
 
 def step(
@@ -125,11 +140,12 @@ def snapshot(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
 
 @pytest.mark.parametrize("spoil", ["input", "gradient"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("build", [adamw, lion, muon])
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
-    spoil: str, max_grad_norm: float | None
+    spoil: str, max_grad_norm: float | None, build: Build
 ) -> None:
     model = small_model()
-    optimizer = adamw(model)
+    optimizer = build(model)
     step(model, optimizer, batch(), max_grad_norm=max_grad_norm)
     before = snapshot(model, optimizer)
     data, losses = batch(1), dict[str, Loss](LOSSES)
@@ -145,7 +161,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
     other = small_model()
-    other_optimizer = adamw(other)
+    other_optimizer = build(other)
     for number in (0, 2):
         step(other, other_optimizer, batch(number), max_grad_norm=max_grad_norm)
     step(model, optimizer, batch(2), max_grad_norm=max_grad_norm)
@@ -153,12 +169,13 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
         assert torch.equal(value, snapshot(other, other_optimizer)[name]), "the step after it is as if it had not been"
 
 
-def test_a_first_step_that_is_not_finite_leaves_the_weights() -> None:
+@pytest.mark.parametrize("build", [adamw, lion, muon])
+def test_a_first_step_that_is_not_finite_leaves_the_weights(build: Build) -> None:
     model = small_model()
     before = copy.deepcopy(model.state_dict())
     data = batch()
     data.inputs["image"][:] = torch.inf
-    assert step(model, adamw(model), data)["finite"] == 0
+    assert step(model, build(model), data)["finite"] == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

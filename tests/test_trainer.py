@@ -121,10 +121,12 @@ def test_a_run_that_was_stopped_and_run_again_is_the_run_that_was_not(
     assert_same_run(parted, whole)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
 def test_a_run_that_crashed_goes_on_from_its_checkpoint_without_duplicate_rows(
-    tiny_config: TinyConfig, interrupt: Interrupt
+    tiny_config: TinyConfig, interrupt: Interrupt, optimizer: str
 ) -> None:
-    whole = with_checkpoint(named(tiny_config(), "whole"), every=Cadence.parse("2steps"), keep=9)
+    config = tiny_config(f"optimizer={optimizer}")
+    whole = with_checkpoint(named(config, "whole"), every=Cadence.parse("2steps"), keep=9)
     parted = named(whole, "parted")
     Trainer(whole).run()
     interrupt(6, crash)
