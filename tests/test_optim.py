@@ -398,7 +398,8 @@ def test_muon_is_torch_s_for_hidden_matrices_and_adamw_for_the_rest() -> None:
     adamw = torch.optim.AdamW(others, lr=0.5, betas=(0.5, 0.75), eps=0.125, fused=True)
     for step in range(4):
         if step == 2:
-            joined.load_state_dict(joined.state_dict())
+            stored, joined = joined.state_dict(), part.build(ours)
+            joined.load_state_dict(stored)
         for some in (joined.param_groups, [hidden, *others]):
             give_gradients(some, step)
             for group in some:
