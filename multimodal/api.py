@@ -14,7 +14,7 @@ from torch import Tensor
 from multimodal.assemble import build, device_of, native_precision
 from multimodal.assemble import load as load_checkpoint
 from multimodal.checkpoint import find as find_checkpoint
-from multimodal.config import ModelSection, RunError
+from multimodal.config import ModelSection, RunError, Weights
 from multimodal.data.augment import Keep
 from multimodal.data.files import open_image
 from multimodal.data.loader import Reader
@@ -241,13 +241,15 @@ def load(
     precision: Precision = "fp32",
     batch_size: int = 256,
     workers: int = 0,
+    weights: Weights = "raw",
 ) -> ImageTextModel:
     """The model of a run ("runs/name"), or of a checkpoint's folder; `checkpoint` is last, best, or a step of the run.
 
+    `weights` are those of that step, or, where the run has kept it, their running mean ("ema").
     Opening it runs none of its author's code. FileNotFoundError says what there is, ValueError what is wrong with it.
     """
     folder = find(path, checkpoint)
-    _, assembled = load_checkpoint(folder, device=device, dry_run=False)
+    _, assembled = load_checkpoint(folder, weights, device=device, dry_run=False)
     return ImageTextModel(assembled.model, assembled.readers, str(folder), precision, batch_size, workers)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from multimodal import checkpoint
-from multimodal.config import ConfigError, ModelSection, TrainConfig, check
+from multimodal.config import EVAL, ConfigError, ModelSection, TrainConfig, Weights, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
@@ -116,13 +116,14 @@ def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problem
     return evaluations
 
 
-def write_figures(name: str, report: Report, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Draw the figures of an evaluation into a folder: (figure, path)."""
+def write_figures(reports: Mapping[str, Report], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Draw the figures of evaluations into a folder: (`eval/<name>/<figure>`, path)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for figure, make in report.figures.items():
-        path = folder / f"{name}_{figure}.png"
-        make().savefig(path, dpi=120)
-        yield figure, path
+    for name, report in reports.items():
+        for figure, make in report.figures.items():
+            path = folder / f"{name.removeprefix('eval/').replace('/', '_')}_{figure}.png"
+            make().savefig(path, dpi=120)
+            yield f"{name}/{figure}", path
 
 
 def assemble(
@@ -188,20 +189,23 @@ def _has_learnt(checkpoint_folder: Path | None, tower: str) -> bool:
     return folder is not None and folder.is_dir() and any(folder.iterdir())
 
 
-def load(folder: Path, **changes: Any) -> tuple[TrainConfig, Assembled]:
+def load(folder: Path, weights: Weights = "raw", **changes: Any) -> tuple[TrainConfig, Assembled]:
     """The configuration and the model of a checkpoint's folder; `changes` replace operational settings."""
     raw = checkpoint.load_config(folder)
     config = check({**raw, **changes}, TrainConfig)
     assembled = assemble(config, None, folder)
-    checkpoint.load_model(folder, assembled.model)
+    checkpoint.load_model(folder, assembled.model, weights)
     return config, assembled
 
 
 def evaluate(
-    evaluations: Mapping[str, Evaluation], config: TrainConfig, assembled: Assembled
+    evaluations: Mapping[str, Evaluation], config: TrainConfig, assembled: Assembled, weights: Weights = "raw"
 ) -> tuple[dict[str, float], dict[str, Report]]:
-    """Run evaluations of the assembled model: flat metrics, `eval/<name>/<metric>`, and the reports by name."""
+    """Run evaluations of the assembled model: flat metrics, `eval/<name>/<metric>`, and reports, `eval/<name>`.
+
+    What was found with the running mean of the `weights` begins with `eval_ema`.
+    """
     encoder = Encoder(assembled.model, assembled.readers, assembled.context, workers=config.workers)
-    reports = {name: run(encoder) for name, run in evaluations.items()}
-    values = {f"eval/{name}/{key}": value for name, report in reports.items() for key, value in report.metrics.items()}
+    reports = {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}
+    values = {f"{name}/{key}": value for name, report in reports.items() for key, value in report.metrics.items()}
     return values, reports

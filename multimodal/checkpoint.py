@@ -1,7 +1,8 @@
 """Save, find and load checkpoints: atomic to write, safe to open (safetensors and JSON, no pickle).
 
-`checkpoints/step-00000500/` holds `model.safetensors`, `optimizer.safetensors`, `state.json`, `config.yaml` and what
-preprocessors have learnt; `checkpoints/best` points to the best of them.
+`checkpoints/step-00000500/` holds `model.safetensors`, the running mean of the weights in `ema.safetensors` if there is
+one, `optimizer.safetensors`, `state.json`, `config.yaml` and what preprocessors have learnt; `checkpoints/best` points
+to the best of them.
 """
 
 import os
@@ -18,13 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from multimodal.config import Weights
 from multimodal.data.loader import Reader
+from multimodal.ema import Ema
 from multimodal.model import Model
 
 FOLDER, BEST = "checkpoints", "best"
 Shape = tuple[int, ...]
 
 WEIGHTS = "model.safetensors"
+FILES: dict[Weights, str] = {"raw": WEIGHTS, "ema": "ema.safetensors"}
 UNSOUND = (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError)
 """What reading a safetensors file that is none ends in."""
 RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
@@ -85,7 +89,7 @@ def find(run: Path, which: str = "last") -> Path:
 def save(
     run: Path,
     state: TrainerState,
-    model: Model,
+    ema: Ema,
     optimizer: torch.optim.Optimizer,
     readers: Mapping[str, Reader],
     config: str,
@@ -97,8 +101,9 @@ def save(
     partial.mkdir(parents=True)
     (partial / "state.json").write_text(state.model_dump_json(indent=2))
     (partial / "config.yaml").write_text(config)
-    for name, tensors in (("model", model.state_dict()), ("optimizer", _optimizer_tensors(model, optimizer))):
-        file = partial / f"{name}.safetensors"
+    stored = {FILES[kind]: tensors for kind, tensors in ema.state_dicts().items()}
+    for name, tensors in {**stored, "optimizer.safetensors": _optimizer_tensors(ema.model, optimizer)}.items():
+        file = partial / name
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
         shutil.copymode(partial / "state.json", file)  # safetensors makes it readable by its owner only
     for tower, reader in readers.items():
@@ -190,10 +195,21 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not a sound safetensors file: {error}") from None
 
 
-def load_model(folder: Path, model: Model) -> None:
+def weights_file(folder: Path, weights: Weights) -> Path:
+    """The file of the "raw" weights or of their running mean, "ema"; ValueError if there is none."""
+    if weights not in FILES:
+        raise ValueError(f"weights should be {' or '.join(FILES)}, got {weights!r}")
+    file = folder / FILES[weights]
+    if weights == "ema" and not file.exists():
+        raise ValueError(f"{folder} has no {file.name}: its run has kept no mean of its weights (ema.decay)")
+    return file
+
+
+def load_model(folder: Path, model: Model, weights: Weights = "raw") -> None:
     """Fill the model's parameters and buffers; every one of them, and nothing else, must be there."""
-    tensors = load_tensors(folder / WEIGHTS)
-    require_same(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
+    file = weights_file(folder, weights)
+    tensors = load_tensors(file)
+    require_same(file, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
     model.load_state_dict(tensors)
 
 

@@ -29,6 +29,11 @@ from multimodal.units import Cadence, Duration, Warmup
 
 MISSING = "???"
 
+Weights = Literal["raw", "ema"]
+"""Those of the last step, or their running mean."""
+EVAL: dict[Weights, str] = {"raw": "eval", "ema": "eval_ema"}
+"""What the names of metrics begin with that an evaluation found with these weights."""
+
 
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its user can mend."""
@@ -86,6 +91,13 @@ class InitSection(Section):
     """A file or folder of weights, the name of a run, or open_clip:ARCHITECTURE/TAG; null for random weights."""
 
 
+class EmaSection(Section):
+    """A running mean of the weights, evaluated and saved beside them."""
+
+    decay: float | None = Field(default=None, gt=0, lt=1)
+    """How much of the mean stays at each step: 0.999 looks back over about 1,000 steps; null keeps no mean."""
+
+
 class CheckpointSection(Section):
     """When the run is saved, and what is kept."""
 
@@ -94,7 +106,7 @@ class CheckpointSection(Section):
     keep: int = Field(gt=0)
     """How many of the newest are kept, besides the best."""
     best: str | None
-    """The metric that says which one is best, such as eval/shapes/top1; null keeps none."""
+    """The metric that says which one is best, such as eval/shapes/top1, or eval_ema/shapes/top1; null keeps none."""
     mode: Literal["max", "min"]
     """Whether more or less of it is better."""
 
@@ -151,7 +163,9 @@ def _best_is_evaluated(config: "TrainConfig") -> Findings:
     best = config.checkpoint.best
     if best is None:
         return
-    metrics = [f"eval/{name}/{metric}" for name, part in config.evals.items() for metric in part.metrics]
+    kinds: list[Weights] = ["raw"] if config.ema.decay is None else ["raw", "ema"]
+    found = [f"{name}/{metric}" for name, part in config.evals.items() for metric in part.metrics]
+    metrics = [f"{EVAL[kind]}/{metric}" for kind in kinds for metric in found]
     if best not in metrics:
         hint = did_you_mean(best, metrics) or f" There are: {', '.join(metrics) or 'none'}."
         yield "checkpoint.best", f"'{best}' is not a metric of an evaluation.{hint}"
@@ -243,6 +257,7 @@ class TrainConfig(Config):
     """Random changes to training images."""
     optimizer: Optimizer
     schedule: Schedule
+    ema: EmaSection = EmaSection()
     evals: Operational[dict[str, Eval]]
     """By name."""
     checkpoint: Operational[CheckpointSection]

@@ -148,7 +148,8 @@ class Wandb(Tracker):
             logger.warning("W&B cannot be reached (%s): logging offline", error)
             mode, mirror = "offline", wandb.init(mode="offline", **settings)
         mirror.define_metric("samples")
-        mirror.define_metric("eval/*", step_metric="samples")
+        for metrics in ("eval/*", "eval_ema/*"):
+            mirror.define_metric(metrics, step_metric="samples")
         if mode == "offline":
             logger.info("W&B is offline; to upload this run: uv run wandb sync %s", Path(mirror.dir).parent)
             for row in run.history:  # an offline run cannot be continued: each start writes it whole

@@ -33,6 +33,7 @@ from multimodal.clock import Clock
 from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
+from multimodal.ema import Ema
 from multimodal.evals import figures
 from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
@@ -41,7 +42,7 @@ from multimodal.kept_features import check_kept_features, keep_features
 from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.optim import parameter_groups
-from multimodal.parts import RunInfo
+from multimodal.parts import Report, RunInfo
 from multimodal.step import replay_tolerance, training_step
 from multimodal.towers.batch_norm import check_batch_norms
 from multimodal.tracker import METRICS, SUMMARY, RunLog
@@ -141,12 +142,16 @@ class Trainer:
         )
         if last is not None:
             self.state = self._continued(checkpoint.load_state(last))
-            checkpoint.load_model(last, self.model)
             checkpoint.load_optimizer(last, self.model, self.optimizer)
         elif config.init.weights is not None:
             with problems.at("init.weights"):
                 self.initialised = initialise(self.model, config.init.weights, Path(config.paths.runs))
             problems.report()
+        self.ema = Ema(self.model, config.ema.decay)
+        if last is not None:
+            for weights in self.ema.kinds:
+                with self.ema.in_place(weights):
+                    checkpoint.load_model(last, self.model, weights)
 
     def _batches(self) -> Generator[Batch, None, None]:
         config, state = self.config, self.state
@@ -214,6 +219,7 @@ class Trainer:
                 measured = self._step(batch)
                 self.not_finite += 1 - measured["finite"]
                 self.replay_error = torch.maximum(self.replay_error, measured.get("replay_error", self.replay_error))
+                self.ema.update(measured["finite"])
                 state.step += 1
                 self.clock.steps += 1
                 bar.update()
@@ -329,17 +335,22 @@ class Trainer:
             return False
         self._require_sound()
         with self.clock.paused():
+            values: dict[str, float] = {}
+            reports: dict[str, Report] = {}
             try:
-                values, reports = evaluate(due, self.config, self.assembled)
+                for weights in self.ema.kinds:
+                    with self.ema.in_place(weights):
+                        found = evaluate(due, self.config, self.assembled, weights)
+                    values |= found[0]
+                    reports |= found[1]
             except Exception:
                 self._save(best=False)  # what was trained is not lost
                 raise
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             if self.log is not None:
-                for name, report in reports.items():
-                    for figure, path in write_figures(name, report, self.folder / "figures"):
-                        self.log.figure(self.state.step, f"eval/{name}/{figure}", path)
+                for name, path in write_figures(reports, self.folder / "figures"):
+                    self.log.figure(self.state.step, name, path)
         return distributed.total(self._improves(values))[0] > 0
 
     def _improves(self, values: dict[str, float]) -> bool:
@@ -357,7 +368,7 @@ class Trainer:
             if self.log is not None:
                 self.state.log_bytes = self.log.flush()
                 text = run_folder.config_text(self.config)
-                checkpoint.save(self.folder, self.state, self.model, self.optimizer, self.assembled.readers, text)
+                checkpoint.save(self.folder, self.state, self.ema, self.optimizer, self.assembled.readers, text)
                 if best:
                     checkpoint.mark_best(self.folder, self.state.step)
                 checkpoint.prune(self.folder, self.config.checkpoint.keep)

@@ -84,7 +84,7 @@ def main(composed: DictConfig) -> None:
         out = name.with_name(f"{name.name}.csv")
     else:
         out = Path(asked.out)
-    model = load(folder, device=asked.device, workers=asked.workers)
+    model = load(folder, device=asked.device, workers=asked.workers, weights=asked.weights)
     classifier = model.classifier(asked.classes, asked.templates)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, total, unreadable = out.with_name(f".partial-{out.name}"), len(asked.files), 0

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from multimodal.api import load
 from multimodal.assemble import Problems
-from multimodal.checkpoint import load_config
+from multimodal.checkpoint import load_config, weights_file
 from multimodal.cli import CONF, launch, plain
 from multimodal.config import TrainConfig, check
 from multimodal.embeddings import Embeddings, Rows, from_dataset, from_path
@@ -81,7 +81,7 @@ def main(composed: DictConfig) -> None:
     of = {key: value for key, value in rows.facts.items() if key != "texts"}  # where they are, not what they say
     name = HydraConfig.get().runtime.choices["dataset"] if asked.source is None else Path(asked.source).resolve().stem
     out = Path(asked.out) if asked.out else asked.output("embeddings", folder, f"{name}-{rows.reads}", json.dumps(of))
-    with (folder / "model.safetensors").open("rb") as weights:
+    with weights_file(folder, asked.weights).open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()
     facts = {"run": asked.run, "checkpoint": folder.name, "weights": digest, "tower": towers[rows.reads]}
     embeddings = Embeddings(out, asked.format, rows, facts)
@@ -90,7 +90,7 @@ def main(composed: DictConfig) -> None:
             logger.info("%s is there already; delete it to compute it again", embeddings.target)
             return
     problems.report()
-    model = load(folder, device=asked.device, workers=asked.workers)
+    model = load(folder, device=asked.device, workers=asked.workers, weights=asked.weights)
     embeddings.write(model, towers[rows.reads], asked.chunk)
     logger.info("%d embeddings of %d dimensions: %s", len(rows.ids), model.embed_dim, embeddings.target)
 

@@ -32,7 +32,7 @@ def main(composed: DictConfig) -> None:
     from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations, write_figures
 
     paths = asked.paths.model_dump()
-    config, assembled = load(folder, paths=paths, device=asked.device, workers=asked.workers)
+    config, assembled = load(folder, asked.weights, paths=paths, device=asked.device, workers=asked.workers)
     evals = asked.evals or config.evals
     if not evals:
         raise ConfigError([("evals", "the run was trained with none: name some, such as evals=[shapes]")])
@@ -41,15 +41,14 @@ def main(composed: DictConfig) -> None:
     problems.report()
     distributed.start(device_of(config.device))
     try:
-        results, reports = evaluate(evaluations, config, assembled)
+        results, reports = evaluate(evaluations, config, assembled, asked.weights)
     finally:
         distributed.stop()
     if distributed.rank() != 0:
         return
     found = asked.folder / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
-    for name, report in reports.items():
-        for _, path in write_figures(name, report, found):
-            logger.info("%s", path)
+    for _, path in write_figures(reports, found):
+        logger.info("%s", path)
     numbers = found / "results.json"
     before = json.loads(numbers.read_text()) if numbers.exists() else {}
     write_json(numbers, {**before, **results})

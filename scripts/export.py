@@ -42,7 +42,7 @@ def main(composed: DictConfig) -> None:
     asked = check(plain(composed), ExportConfig)
     folder = asked.find_checkpoint()
     name = str(HydraConfig.get().runtime.choices["to"])
-    out = (Path(asked.out) if asked.out else asked.folder / "export" / name).absolute()
+    out = (Path(asked.out) if asked.out else asked.folder / "export" / asked.named(name)).absolute()
     _may_write(out, asked.overwrite)
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of a second, for every file
@@ -56,10 +56,11 @@ def main(composed: DictConfig) -> None:
     problems = Problems()
     try:
         with problems.at("run"):
-            config, assembled = load(folder, device="cpu")
+            config, assembled = load(folder, asked.weights, device="cpu")
         problems.report()
         with problems.at("to"):
-            exported = Exported(config, assembled.model.eval(), assembled.readers, read_record(asked.folder, folder))
+            record = read_record(asked.folder, folder, asked.weights)
+            exported = Exported(config, assembled.model.eval(), assembled.readers, record)
             usage = asked.to.write(exported, partial)
         problems.report()
         differences = _compare(asked.to, exported, partial)
@@ -68,9 +69,8 @@ def main(composed: DictConfig) -> None:
         if max(differences.values()) > asked.tolerance:
             raise RunError(f"what was written differs by more than tolerance={asked.tolerance}: it is not kept")
         write_card(exported, partial, asked.to.library, usage, differences)
-        write_json(
-            partial / FACTS, {"to": name, "run": asked.run, "checkpoint": folder.name, "differences": differences}
-        )
+        of = {"run": asked.run, "checkpoint": folder.name, "weights": asked.weights}
+        write_json(partial / FACTS, {"to": name, **of, "differences": differences})
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)

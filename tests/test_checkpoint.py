@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyConfig
+from safetensors.torch import save_file
 from torch import Tensor
 
 from multimodal import checkpoint
@@ -15,6 +16,7 @@ from multimodal.assemble import assemble, load
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState, find, mark_best, prune, save, step_folder, steps
 from multimodal.config import TrainConfig
+from multimodal.ema import Ema
 from multimodal.files import write_json
 from multimodal.model import Model
 from multimodal.optim import parameter_groups
@@ -33,6 +35,7 @@ class Run:
         self.assembled = assemble(config, config.dataset.build(NOWHERE), None)
         self.model: Model = self.assembled.model
         self.optimizer = config.optimizer.build(parameter_groups(self.model, config.optimizer, {}))
+        self.ema = Ema(self.model, config.ema.decay)
         self.train()
 
     def train(self) -> None:
@@ -43,14 +46,15 @@ class Run:
         }
         batch = Batch(inputs, torch.arange(4))
         context = self.assembled.context
-        training_step(self.model, self.config.loss, self.optimizer, batch, context, 1.0, None, (0, 0))
+        measured = training_step(self.model, self.config.loss, self.optimizer, batch, context, 1.0, None, (0, 0))
+        self.ema.update(measured["finite"])
 
     def save(self, step: int) -> None:
         import yaml
 
         text = yaml.safe_dump(self.config.model_dump(mode="json"))
         state = TrainerState(**RUN, step=step, best=0.25, broken=3, log_bytes=77)
-        save(self.folder, state, self.model, self.optimizer, self.assembled.readers, text)
+        save(self.folder, state, self.ema, self.optimizer, self.assembled.readers, text)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
@@ -107,6 +111,29 @@ def test_a_checkpoint_is_a_model_by_itself(run: Run) -> None:
     assert torch.equal(
         assembled.readers["text"].preprocessor(text, None), run.assembled.readers["text"].preprocessor(text, None)
     )
+
+
+def test_the_mean_of_the_weights_is_a_model_of_its_own(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    run = Run(tiny_config("ema.decay=0.5"), tmp_path / "run")
+    run.save(1)
+    _, assembled = load(find(run.folder), "ema")
+    with run.ema.in_place("ema"):
+        assert_equal(assembled.model.state_dict(), run.model.state_dict())
+    _, raw = load(find(run.folder))
+    assert_equal(raw.model.state_dict(), run.model.state_dict())
+    name = "towers.text.projection.weight"
+    assert not torch.equal(raw.model.state_dict()[name], assembled.model.state_dict()[name])
+
+
+def test_a_mean_that_was_not_kept_or_does_not_fit_is_refused(run: Run, tiny_config: TinyConfig) -> None:
+    run.save(1)
+    with pytest.raises(ValueError, match=r"has no ema\.safetensors: its run has kept no mean"):
+        load(find(run.folder), "ema")
+    with pytest.raises(ValueError, match="weights should be raw or ema, got 'mean'"):
+        load(find(run.folder), "mean")  # type: ignore[arg-type]
+    save_file({"x": torch.zeros(1)}, find(run.folder) / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema\.safetensors does not hold the weights of its config.yaml"):
+        load(find(run.folder), "ema")
 
 
 def test_a_weight_too_many_or_too_few_is_refused(run: Run, tiny_config: TinyConfig) -> None:

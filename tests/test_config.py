@@ -168,6 +168,9 @@ def test_the_best_may_be_that_of_an_evaluation_that_runs_but_no_other(compose: C
     check(put(raw, "checkpoint.best", "eval/shapes/top1"), TrainConfig)
     for wrong in ("eval/shape/top1", "shapes/top1", "eval/shapes", "eval/shapes/topp1", "train/loss"):
         assert "eval/shapes/top" in problems(put(raw, "checkpoint.best", wrong))["checkpoint.best"]
+    of_the_mean = put(raw, "checkpoint.best", "eval_ema/shapes/top1")
+    assert "checkpoint.best" in problems(of_the_mean)
+    check(put(of_the_mean, "ema.decay", 0.9), TrainConfig)
     assert "got 1minutes" in problems(put(raw, "evals.shapes.every", "1minutes"))["evals.shapes.every"]
 
 
@@ -278,6 +281,7 @@ IDENTITY: dict[str, tuple[str, object]] = {
     "augment": ("augment.flip", 0.5),
     "optimizer": ("optimizer.lr", 0.5),
     "schedule": ("schedule.final_lr", 0.5),
+    "ema": ("ema.decay", 0.5),
 }
 
 

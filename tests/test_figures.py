@@ -97,6 +97,7 @@ ROWS = [
     {"step": 10, "train/loss": 2.0, "train/lr": 1e-5, "time": 3.0},
     {"step": 20, "train/loss": 1.0, "train/lr": None},
     {"step": 20, "eval/x/top1": 0.5, "eval/x/chance": 0.1, "eval/x/median_rank": 7.0},
+    {"step": 20, "eval_ema/x/top1": 0.6, "eval_ema/x/chance": 0.1},
     {"step": 30, "train/loss": float("nan")},
 ]
 
@@ -113,13 +114,14 @@ def test_curves_have_a_panel_for_each_training_metric_and_each_scale_of_an_evalu
         ("train/lr", "lr"),
         ("eval/x", "top1", "chance"),
         ("eval/x", "median_rank"),
+        ("eval_ema/x", "top1", "chance"),
     ]
-    loss, lr, fractions, _ = panels.values()
+    loss, lr, fractions, _, means = panels.values()
     assert loss.lines[0].get_xdata().tolist() == [10, 20, 30]
     assert loss.lines[0].get_ydata()[:2].tolist() == [2.0, 1.0]
     assert lr.lines[0].get_xdata().tolist() == [10]
-    markers = [axes.lines[0].get_marker() for axes in (loss, lr, fractions)]
-    assert markers == ["None", "o", "o"]  # a curve of one point would not be seen
+    markers = [axes.lines[0].get_marker() for axes in (loss, lr, fractions, means)]
+    assert markers == ["None", "o", "o", "o"]  # a curve of one point would not be seen
     draw(figure)
 
 

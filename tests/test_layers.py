@@ -19,7 +19,7 @@ LAYERS = (
     ("parts",),
     FAMILIES,
     ("config", "model", "optim", "optimizers", "encoder"),
-    ("step", "checkpoint", "tracker", "provenance", "interop"),
+    ("ema", "step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "finished_run", "memory", "outline", "run_folder"),
     ("export",),
     ("dry_run", "kept_features", "trainer"),

@@ -101,19 +101,28 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize(("workers", "tower"), [(0, VIT), (2, VIT), (2, RESNET)])
+@pytest.mark.parametrize(
+    ("workers", "tower", "words"),
+    [
+        (0, VIT, []),
+        (2, VIT, []),
+        (2, RESNET, []),
+        (0, VIT, ["optimizer=muon", "schedule=wsd", "ema.decay=0.9"]),
+        (0, RESNET, ["optimizer=lion", "schedule=inverse_sqrt", "ema.decay=0.9"]),
+    ],
+)
 def test_killed_at_random_steps_and_run_again_equals_uninterrupted(
-    tmp_path: Path, workers: int, tower: list[str]
+    tmp_path: Path, workers: int, tower: list[str], words: list[str]
 ) -> None:
-    run(command(tmp_path, "whole", f"workers={workers}", tower=tower))
+    run(command(tmp_path, "whole", f"workers={workers}", *words, tower=tower))
     draw = random.Random(workers)
     for step in sorted(draw.sample(range(1, STEPS - 2), 3)):
-        process = start(command(tmp_path, "killed", f"workers={workers}", tower=tower))
+        process = start(command(tmp_path, "killed", f"workers={workers}", *words, tower=tower))
         wait_for_step(tmp_path, "killed", step, process)
         kill(process)
-    run(command(tmp_path, "killed", f"workers={workers}", tower=tower))
+    run(command(tmp_path, "killed", f"workers={workers}", *words, tower=tower))
 
-    for file in ("model", "optimizer"):
+    for file in ("model", "optimizer", *(["ema"] if words else [])):
         whole, killed = weights(tmp_path, "whole", file), weights(tmp_path, "killed", file)
         assert whole.keys() == killed.keys()
         assert all(torch.equal(whole[name], killed[name]) for name in whole)
@@ -250,8 +259,13 @@ def test_the_stored_configuration_launches_the_same_run(tmp_path: Path) -> None:
 
 
 def test_evaluating_a_finished_run_gives_the_numbers_of_its_last_evaluation(tmp_path: Path) -> None:
-    run(command(tmp_path, "run", "duration=3steps"))
-    run([sys.executable, "scripts/evaluate.py", "run=run", f"paths.runs={tmp_path}", "workers=0"])
+    run(command(tmp_path, "run", "duration=3steps", "ema.decay=0.5"))
+    for weights in ("raw", "ema"):
+        words = ["run=run", f"paths.runs={tmp_path}", "workers=0", f"weights={weights}"]
+        run([sys.executable, "scripts/evaluate.py", *words])
     found = json.loads((tmp_path / "run" / "evaluations" / "step-00000003" / "results.json").read_text())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert found == {key: value for key, value in summary.items() if key.startswith("eval/")}
+    assert found == {key: value for key, value in summary.items() if key.startswith("eval")}
+    assert found["eval/shapes/mean_per_class"] != found["eval_ema/shapes/mean_per_class"]
+    drawn = {path.name for path in (tmp_path / "run" / "evaluations" / "step-00000003").glob("*.png")}
+    assert drawn == {f"{prefix}shapes_confusion.png" for prefix in ("", "eval_ema_")}

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import TinyConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+import multimodal
 from multimodal import checkpoint, trainer
 from multimodal.batch import Features, Sample
 from multimodal.checkpoint import find, load_state, steps
-from multimodal.config import ConfigError, RunError, TrainConfig
+from multimodal.config import ConfigError, RunError, TrainConfig, Weights
 from multimodal.data.shapes import Shapes
 from multimodal.losses.infonce import InfoNCE
 from multimodal.parts import BadSample, Dataset, Eval, Report, Source
@@ -51,7 +53,9 @@ CLOCK = ("train/samples_per_s", "train/data_wait")
 
 def assert_same_run(ours: TrainConfig, others: TrainConfig) -> None:
     """Weights, optimizer and all rows of the log but for what the clock says."""
-    for name in ("model", "optimizer"):
+    names = {path.stem for path in find(others.folder).glob("*.safetensors")}
+    assert names >= {"model", "optimizer"}
+    for name in names:
         mine, theirs = weights(ours, name), weights(others, name)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -121,11 +125,11 @@ def test_a_run_that_was_stopped_and_run_again_is_the_run_that_was_not(
     assert_same_run(parted, whole)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("words", ["optimizer=adamw", "optimizer=lion", "optimizer=muon", "ema.decay=0.9"])
 def test_a_run_that_crashed_goes_on_from_its_checkpoint_without_duplicate_rows(
-    tiny_config: TinyConfig, interrupt: Interrupt, optimizer: str
+    tiny_config: TinyConfig, interrupt: Interrupt, words: str
 ) -> None:
-    config = tiny_config(f"optimizer={optimizer}")
+    config = tiny_config(words)
     whole = with_checkpoint(named(config, "whole"), every=Cadence.parse("2steps"), keep=9)
     parted = named(whole, "parted")
     Trainer(whole).run()
@@ -352,6 +356,87 @@ def test_a_crash_before_the_best_is_marked_does_not_forget_it(
     later = config.model_copy(update={"evals": {"it": Scripted(scores=(0.3, 0.2))}})
     Trainer(later).run()
     assert load_state(find(config.folder, "best")).step == 4
+
+
+# --- the mean of the weights ----------------------------------------------------------------------------------------
+
+
+class Weighs(Eval):
+    """Says where the text tower puts one caption, as a number."""
+
+    metrics = ("at",)
+    every: Cadence = Cadence.parse("4steps")
+
+    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+        return lambda model: Report({"at": model.encode("text", ["a red circle"])[0, 0].item()})
+
+
+def test_the_mean_is_evaluated_beside_the_weights_and_kept_with_them(tiny_config: TinyConfig) -> None:
+    plain = named(tiny_config().model_copy(update={"evals": {"it": Weighs()}}), "plain")
+    config = named(tiny_config("ema.decay=0.9").model_copy(update={"evals": plain.evals}), "mean")
+    config = with_checkpoint(config, best="eval_ema/it/at", keep=9)
+    Trainer(plain).run()
+    summary = Trainer(config).run()
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(plain).items())
+    assert not (find(plain.folder) / "ema.safetensors").exists()
+    both = [(row["eval/it/at"], row["eval_ema/it/at"]) for row in rows(config) if "eval/it/at" in row]
+    assert [raw for raw, _ in both] == [row["eval/it/at"] for row in rows(plain) if "eval/it/at" in row]
+    assert all(raw != mean for raw, mean in both)
+    assert load_state(find(config.folder, "best")).best == max(mean for _, mean in both)
+    stored = find(config.folder) / "config.yaml"
+    raw_config = yaml.safe_load(stored.read_text())
+    stored.write_text(
+        yaml.safe_dump({**raw_config, "evals": {}, "checkpoint": plain.checkpoint.model_dump(mode="json")})
+    )  # whose part is of no package
+    kinds: tuple[Weights, ...] = ("raw", "ema")
+    for kind, wanted in zip(kinds, both[-1], strict=True):
+        model = multimodal.load(config.folder, weights=kind)
+        assert model.encode_text("a red circle")[0, 0].item() == wanted
+    assert summary["eval_ema/it/at"] == both[-1][1]
+
+
+def test_the_mean_is_that_of_the_weights_after_every_step_from_those_before_the_first(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = named(tiny_config(), "first")
+    Trainer(first).run()
+    config = with_checkpoint(
+        tiny_config("ema.decay=0.75", "init.weights=first", "duration=3steps"), every=Cadence.parse("1steps"), keep=9
+    )
+    Trainer(config).run()
+    mean = weights(first)
+    for step in (1, 2, 3):
+        raw = weights(config, which=str(step))
+        mean = {name: 0.75 * value + 0.25 * raw[name] for name, value in mean.items()}
+        for name, value in weights(config, "ema", str(step)).items():
+            torch.testing.assert_close(value, mean[name])
+
+
+def test_a_failing_evaluation_of_the_mean_saves_the_weights_as_they_are(tiny_config: TinyConfig) -> None:
+    class Fails(Weighs):
+        def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+            calls = iter((True, False))
+            return lambda model: Report({"at": 1.0}) if next(calls) else crash()  # type: ignore[func-returns-value,return-value]
+
+    plain = named(tiny_config("duration=4steps"), "plain")
+    Trainer(plain).run()
+    config = tiny_config("duration=4steps", "ema.decay=0.9").model_copy(update={"evals": {"it": Fails()}})
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config).run()
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(plain).items())
+
+
+def test_another_decay_is_refused_and_a_run_from_before_there_was_one_goes_on(tiny_config: TinyConfig) -> None:
+    config = tiny_config("duration=1steps")
+    Trainer(config).run()
+    with pytest.raises(ConfigError, match=r"ema\.decay: None -> 0\.9"):
+        Trainer(tiny_config("duration=2steps", "ema.decay=0.9")).run()
+    stored = find(config.folder) / "config.yaml"
+    raw = yaml.safe_load(stored.read_text())
+    del raw["ema"]
+    stored.write_text(yaml.safe_dump(raw))
+    multimodal.load(config.folder)
+    assert Trainer(tiny_config("duration=2steps")).run()["step"] == 2
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
 GREY = "#8A8A8A"
 SMALL, NORMAL = 7.5, 9
 
+EVALUATION = "eval/", "eval_ema/"
+"""What the names of an evaluation's metrics begin with."""
+
 
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
@@ -171,10 +174,10 @@ def batch_sheet(
 
 def _panels(points: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[str, list[str]]]:
     """Titles and keys of the panels: a training metric alone, an evaluation's fractions together, its others too."""
-    training = [(key, [key]) for key in points if not key.startswith("eval/")]
+    training = [(key, [key]) for key in points if not key.startswith(EVALUATION)]
     evaluations: dict[tuple[str, bool], list[str]] = {}
     for key in points:
-        if key.startswith("eval/"):
+        if key.startswith(EVALUATION):
             fraction = all(0 <= value <= 1 for _, value in points[key])
             evaluations.setdefault((key.rpartition("/")[0], fraction), []).append(key)
     return training + [(title, keys) for (title, _), keys in evaluations.items()]
@@ -182,7 +185,7 @@ def _panels(points: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[str
 
 def _curve(axes: "Axes", key: str, points: Sequence[tuple[int, float]], colour: str) -> None:
     chance = key.endswith("/chance")
-    marked = (key.startswith("eval/") or len(points) == 1) and not chance
+    marked = (key.startswith(EVALUATION) or len(points) == 1) and not chance
     axes.plot(
         [step for step, _ in points],
         [value for _, value in points],

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multimodal import checkpoint
-from multimodal.config import TrainConfig
+from multimodal.config import EVAL, TrainConfig, Weights
 from multimodal.data.loader import Reader
 from multimodal.model import Model
 from multimodal.run_folder import ENVIRONMENT
@@ -147,6 +147,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def read_record(
     run: Path,
     folder: Path,  # of the checkpoint
+    weights: Weights = "raw",
 ) -> Record:
     """What the run has written down about one of its checkpoints."""
     state = checkpoint.load_state(folder)
@@ -154,9 +155,8 @@ def read_record(
     if (run / METRICS).exists():
         for row in map(json.loads, (run / METRICS).read_text().splitlines()):
             if row["step"] == state.step:
-                metrics |= {
-                    name: value for name, value in row.items() if name.startswith("eval/") and value is not None
-                }
+                kept = {k: value for k, value in row.items() if k.startswith(f"{EVAL[weights]}/")}
+                metrics |= {k: value for k, value in kept.items() if value is not None}
     starts = json.loads((run / ENVIRONMENT).read_text()) if (run / ENVIRONMENT).exists() else []
     versions: dict[str, str] = {}
     if starts:
