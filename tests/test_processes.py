@@ -268,4 +268,4 @@ def test_evaluating_a_finished_run_gives_the_numbers_of_its_last_evaluation(tmp_
     assert found == {key: value for key, value in summary.items() if key.startswith("eval")}
     assert found["eval/shapes/mean_per_class"] != found["eval_ema/shapes/mean_per_class"]
     drawn = {path.name for path in (tmp_path / "run" / "evaluations" / "step-00000003").glob("*.png")}
-    assert drawn == {f"{prefix}shapes_confusion.png" for prefix in ("", "eval_ema_")}
+    assert drawn == {f"{prefix}shapes_confusion_matrix.png" for prefix in ("", "eval_ema_")}

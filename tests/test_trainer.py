@@ -384,10 +384,8 @@ def test_the_mean_is_evaluated_beside_the_weights_and_kept_with_them(tiny_config
     assert all(raw != mean for raw, mean in both)
     assert load_state(find(config.folder, "best")).best == max(mean for _, mean in both)
     stored = find(config.folder) / "config.yaml"
-    raw_config = yaml.safe_load(stored.read_text())
-    stored.write_text(
-        yaml.safe_dump({**raw_config, "evals": {}, "checkpoint": plain.checkpoint.model_dump(mode="json")})
-    )  # whose part is of no package
+    elsewhere = {"evals": {}, "checkpoint": plain.checkpoint.model_dump(mode="json")}  # a part of no package
+    stored.write_text(yaml.safe_dump({**yaml.safe_load(stored.read_text()), **elsewhere}))
     kinds: tuple[Weights, ...] = ("raw", "ema")
     for kind, wanted in zip(kinds, both[-1], strict=True):
         model = multimodal.load(config.folder, weights=kind)
