@@ -75,8 +75,15 @@ class ImageEncoder(TowerModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """From uint8 [n, C, H, W] to [n, W]."""
-        features: Tensor = self.net((inputs.to(self.mean.dtype) / 255 - self.mean) / self.std)
-        return features
+        return self.features((inputs.to(self.mean.dtype) / 255 - self.mean) / self.std)
+
+    def features(
+        self,
+        pixels: Tensor,  # [n, C, H, W], normalised
+    ) -> Tensor:  # [n, W]
+        """What the network makes of them."""
+        pooled: Tensor = self.net(pixels)
+        return pooled
 
 
 class ImageTower(Tower, ABC):

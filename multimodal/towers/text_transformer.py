@@ -3,22 +3,45 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from multimodal.parts import Operational
 from multimodal.towers.projection import Projection, check_width, projection
 from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
-from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
+from multimodal.towers.transformer import (
+    Activation,
+    activation_layer,
+    add_drop_path,
+    attend_across,
+    depths,
+    norm_layer,
+    one_token,
+)
 
 
 class TextTransformerEncoder(TextEncoder):
     """The network is open_clip's `TextTransformer` without its projection."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """From int64 [n, L] to [n, W]."""
-        features: Tensor = self.net(inputs)
+        """From int64 [n, L], or the beginning of it, to [n, W]."""
+        net, length = self.net, inputs.shape[1]
+        x, attn_mask = net._embeds(inputs)  # [n, L, W]
+        if attn_mask is not None:
+            attn_mask = attn_mask[..., :length, :length]  # that of causal attention is for the whole context
+        features: Tensor = net.ln_final(one_token(net.transformer, x, self.place(inputs), attn_mask))
         return features
+
+    def place(
+        self,
+        inputs: Tensor,  # int64 [n, L]
+    ) -> Tensor:  # int64 [n]
+        """Where the token is that stands for a text; the first place, if a text has no end token."""
+        if self.net.pool_type == "eos":
+            return torch.eq(inputs, self.net.eos_id).int().argmax(1)
+        place = inputs.shape[1] - 1 if self.net.pool_type == "last" else 0
+        return torch.full(inputs.shape[:1], place, device=inputs.device)
 
     def depths(self) -> list[list[nn.Parameter]]:
         return depths(self.net, self.net.transformer.resblocks, self.net.ln_final)
@@ -95,4 +118,5 @@ class TextTransformer(TextTower):
         )
         net.set_grad_checkpointing(self.grad_checkpointing)
         add_drop_path(net.transformer.resblocks, self.drop_path)
+        attend_across(net.transformer.resblocks[-1])
         return TextTransformerEncoder(net, projection(self.projection, self.width, embed_dim), self.width)

@@ -1,10 +1,12 @@
-"""What the vision and the text transformer of open_clip share: activation, norm, drop path, depth."""
+"""What the vision and the text transformer of open_clip share: activation, norm, drop path, depth, one token."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
@@ -56,3 +58,44 @@ def depths(net: nn.Module, blocks: nn.ModuleList, last: nn.Module) -> list[list[
     groups = [[p for p in net.parameters() if id(p) not in inside], *(list(block.parameters()) for block in blocks)]
     groups[-1] += last.parameters()
     return groups
+
+
+def attend_across(block: nn.Module) -> None:
+    """Let open_clip's residual block take queries from one sequence, and keys and values from another.
+
+    It does so where it has a norm for the latter, which is that of the queries here. It is set beside the children, so
+    that weights keep their names and number.
+    """
+    block.__dict__["ln_1_kv"] = block.ln_1
+
+
+def one_token(
+    transformer: Any,  # open_clip's, whose last block can `attend_across`
+    x: Tensor,  # [n, L, W]
+    place: Tensor,  # int64 [n], of the token that is wanted
+    attn_mask: Tensor | None,  # [L, L], or [n * heads, L, L]; added to the logits of attention
+) -> Tensor:  # [n, W]
+    """What a transformer makes of one token in each row, as if it made all.
+
+    The last block has no queries, attention or MLP of other tokens: all that they are for is their keys and values.
+    """
+
+    def run(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if transformer.grad_checkpointing:
+            again: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+            return again
+        output: Tensor = block(*inputs)
+        return output
+
+    *before, last = transformer.resblocks
+    for block in before:
+        x = run(block, x, None, None, attn_mask)
+    rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the number in exports
+    if attn_mask is not None:  # the token's row of it
+        heads = last.attn.num_heads
+        if attn_mask.ndim == 2:
+            attn_mask = attn_mask[place].repeat_interleave(heads, 0)
+        else:
+            attn_mask = attn_mask.view(-1, heads, *attn_mask.shape[1:])[rows, :, place].flatten(0, 1)
+        attn_mask = attn_mask[:, None]
+    return run(last, x[rows, place][:, None], x, x, attn_mask)[:, 0]

@@ -3,17 +3,36 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from multimodal.parts import Operational
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor, ImageTower
 from multimodal.towers.projection import Projection, check_width, projection
-from multimodal.towers.transformer import Activation, activation_layer, add_drop_path, depths, norm_layer
+from multimodal.towers.transformer import (
+    Activation,
+    activation_layer,
+    add_drop_path,
+    attend_across,
+    depths,
+    norm_layer,
+    one_token,
+)
 
 
 class ViTEncoder(ImageEncoder):
     """The network is open_clip's `VisionTransformer` without its projection."""
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Where the class token is pooled, no more than it needs."""
+        net = self.net
+        if net.attn_pool is not None or net.pool_type != "tok":
+            return super().features(pixels)
+        x = net._embeds(pixels)  # [n, 1 + P, W]
+        first = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        pooled: Tensor = net.ln_post(one_token(net.transformer, x, first, None))
+        return pooled
 
     def depths(self) -> list[list[nn.Parameter]]:
         last = nn.ModuleList([self.net.ln_post, *([self.net.attn_pool] if self.net.attn_pool is not None else [])])
@@ -93,4 +112,5 @@ class ViT(ImageTower):
         net.proj = None
         net.set_grad_checkpointing(self.grad_checkpointing)
         add_drop_path(net.transformer.resblocks, self.drop_path)
+        attend_across(net.transformer.resblocks[-1])
         return ViTEncoder(net, projection(self.projection, width, embed_dim), width, self.mean, self.std)
