@@ -48,6 +48,8 @@ class Batch:
     """How many captions were cut to fit the context."""
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
     """By name of a frozen tower whose features are kept: [b, W], instead of its inputs."""
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+    """By name of a tower that reads padded inputs: int64 [b] on the CPU, how much of each one matters."""
 
     def to(self, device: torch.device) -> "Batch":
         """Its tensors on the device; the indices stay, for messages. From pinned memory nothing waits for that."""

@@ -65,8 +65,9 @@ class Encoder:
                         raise error
                     broken[place] = str(error)
                 if batch.places:
+                    lengths = self.model.lengths({tower: batch.values}).get(tower)
                     with self.context:
-                        rows = self.model.encode(tower, batch.values.to(device))
+                        rows = self.model.encode(tower, batch.values.to(device), lengths)
                     features[[place - mine.start for place in batch.places]] = rows.float().cpu()
                 bar.update(len(batch.places) + len(batch.broken))
         return distributed.gather_uneven(features, [b - a for a, b in pairwise(bounds)])

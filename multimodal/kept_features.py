@@ -112,8 +112,7 @@ def _compute(
     """Every rank writes its rows of one file, which gets its name when all are done."""
     unfinished = path.with_name(f".partial-{path.name}")
     model = assembled.model
-    tower = model.towers[name]
-    shape = len(source), int(tower.width)  # type: ignore[arg-type]
+    shape = len(source), int(model.towers[name].width)  # type: ignore[arg-type]
 
     def create() -> None:
         path.parent.mkdir(exist_ok=True)
@@ -141,8 +140,9 @@ def _compute(
             if unexpected := [error for error in batch.broken.values() if not isinstance(error, BadSample)]:
                 raise unexpected[0]
             if batch.places:
+                lengths = model.lengths({name: batch.values}).get(name)
                 with assembled.context:
-                    features = tower(batch.values.to(model.logit_scale.device)).float().cpu()
+                    features = model.pool(name, batch.values.to(model.logit_scale.device), lengths).float().cpu()
                 if not features.isfinite().all():
                     raise RunError(f"tower {name} makes features that are not finite of some samples: other weights")
                 rows[batch.places] = features.numpy()

@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def micro_batch_that_fits(model: Model, losses: Mapping[str, Loss], batch: Batch
     losses of the whole batch. With a batch norm that is trained it is all rows, as nothing less will do.
     """
     rows = len(batch.indices)
+    batch = replace(batch, lengths={})  # another one may have captions that fill the context
     if rows <= PROBES[-1] or trained_batch_norms(model):
         return rows
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

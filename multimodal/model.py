@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimodal.config import ModelSection
+from multimodal.lengths import by_length
 from multimodal.parts import TowerModule, Tuning
 
 
@@ -29,9 +30,21 @@ class Model(nn.Module):
         self,
         tower: str,
         inputs: Tensor,  # [n, ...] as the tower's preprocessor makes them
+        lengths: Tensor | None = None,  # int64 [n] on the CPU, of the tower's inputs: less padding is computed
     ) -> Tensor:  # [n, D] unit norm, at least float32
-        """One modality's features in the shared space."""
-        return self.project(tower, self.towers[tower](inputs))
+        """One modality's features in the shared space; lengths change the time that it takes, and nothing else."""
+        return self.project(tower, self.pool(tower, inputs, lengths))
+
+    def pool(
+        self,
+        tower: str,
+        inputs: Tensor,  # [n, ...] as the tower's preprocessor makes them
+        lengths: Tensor | None = None,  # int64 [n] on the CPU
+    ) -> Tensor:  # [n, W]
+        """The first half of `encode`: what the tower gives."""
+        module = self.towers[tower]
+        pooled: Tensor = module(inputs) if lengths is None else by_length(module, inputs, lengths)
+        return pooled
 
     def project(
         self,
@@ -44,10 +57,30 @@ class Model(nn.Module):
         projected: Tensor = projection(pooled)
         return F.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=-1)
 
-    def forward(self, inputs: Mapping[str, Tensor], pooled: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        pooled: Mapping[str, Tensor] | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Features by name, from inputs by tower, or from what frozen towers made of them before."""
-        features = {f"{tower}_features": self.encode(tower, x) for tower, x in inputs.items()}
+        known = lengths or {}
+        features = {f"{tower}_features": self.encode(tower, x, known.get(tower)) for tower, x in inputs.items()}
         return features | {f"{tower}_features": self.project(tower, x) for tower, x in (pooled or {}).items()}
+
+    def lengths(
+        self,
+        inputs: Mapping[str, Tensor],  # on the CPU, before they are copied to the device
+    ) -> dict[str, Tensor]:  # int64 [n]
+        """How much of each input features depend on, by tower, of those towers that read padded inputs."""
+        found = {}
+        for tower, x in inputs.items():
+            module = self.towers[tower]
+            assert isinstance(module, TowerModule)
+            lengths = module.lengths(x)
+            if lengths is not None:
+                found[tower] = lengths
+        return found
 
     def freeze(self, tunings: Mapping[str, Tuning]) -> None:
         """Stop the training of what the `tunings` of towers say is frozen; ValueError if that is not possible."""

@@ -108,6 +108,16 @@ class TowerModule(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Tensor:
         """From [n, ...] as preprocessed, on the device, to pooled features [n, W]."""
 
+    def lengths(
+        self,
+        inputs: Tensor,  # [n, L, ...] as preprocessed
+    ) -> Tensor | None:  # int64 [n], at least 1
+        """How much of each input features depend on: what is beyond is padding, which `forward` may get less of.
+
+        None, as here, where they depend on all of it.
+        """
+        return None
+
     @abstractmethod
     def depths(self) -> list[list[nn.Parameter]]:
         """All parameters but the projection's, once each, by depth: what precedes the blocks, then block by block.

@@ -110,12 +110,12 @@ def _is_trained(model: Model, tower: str) -> bool:
 def encode_chunk(model: Model, batch: Batch, context: torch.autocast, chunk: Chunk) -> Mapping[str, Tensor]:
     """The features of a chunk by name; dropout, patch dropout and drop path are the same each time."""
     torch.manual_seed(chunk.seed)
-    inputs, pooled = (
+    inputs, pooled, lengths = (
         {chunk.tower: given[chunk.tower][chunk.rows]} if chunk.tower in given else {}
-        for given in (batch.inputs, batch.pooled)
+        for given in (batch.inputs, batch.pooled, batch.lengths)
     )
     with context:
-        features: Mapping[str, Tensor] = model(inputs, pooled)
+        features: Mapping[str, Tensor] = model(inputs, pooled, lengths)
     return features
 
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -214,7 +215,8 @@ class Trainer:
         with self._progress() as bar:
             while state.step < state.total_steps:
                 with self.clock.waiting():
-                    batch = next(batches).to(self.device)
+                    batch = next(batches)
+                    batch = replace(batch, lengths=self.model.lengths(batch.inputs)).to(self.device)
                 lr = self._set_lr()
                 measured = self._step(batch)
                 self.not_finite += 1 - measured["finite"]

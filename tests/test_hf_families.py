@@ -9,7 +9,9 @@ import torch
 from test_hf_text import built, make_tokenizer, tower
 from transformers import AutoConfig, AutoModel
 
+from multimodal import lengths
 from multimodal.data.augment import Keep
+from multimodal.lengths import by_length
 from multimodal.towers import hf_network
 from multimodal.towers.hf_text import HFText
 from multimodal.towers.hf_tokenizer import HFTokenizer
@@ -118,6 +120,23 @@ def test_padding_does_not_change_a_caption(kind: str, pool: Any, tmp_path: Path)
     torch.testing.assert_close(few, many, rtol=0, atol=1e-6 if kind == "xlm" else 1e-10)  # XLM attends in float32
     if pool != "cls" or kind not in CAUSAL:
         assert not torch.allclose(few[0], few[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_captions_cut_to_their_lengths_are_read_and_learnt_as_padded_ones(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lengths, "OVERHEAD", 1)
+    preprocessor, module = built(part(kind, tmp_path, context_length=30))
+    randomise(module)
+    ids = torch.stack([preprocessor(words, None) for words in ("a photo of a dog", "a cat", "the red dog", "a cat")])
+    made = []
+    for features in (module(ids), by_length(module, ids, module.lengths(ids))):
+        module.zero_grad()
+        features.square().sum().backward()
+        made.append((features, [p.grad for p in module.net.parameters()]))
+    tolerance = 1e-5 if kind == "xlm" else 1e-10  # it attends in float32
+    torch.testing.assert_close(*made, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

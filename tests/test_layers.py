@@ -14,7 +14,7 @@ import multimodal
 ROOT = Path(multimodal.__file__).parent
 FAMILIES = ("towers", "losses", "data", "evals")
 LAYERS = (
-    ("batch", "clock", "distributed", "files", "offline", "units"),
+    ("batch", "clock", "distributed", "files", "lengths", "offline", "units"),
     ("resolve",),
     ("parts",),
     FAMILIES,

@@ -14,7 +14,7 @@ from multimodal.towers import hf_network
 from multimodal.towers.hf_tokenizer import HFTokenizer
 from multimodal.towers.kept import read_mapping
 from multimodal.towers.projection import Projection, projection
-from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
+from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower, end_of
 
 CONFIG = "architecture.json"
 
@@ -54,8 +54,12 @@ class HFTextEncoder(TextEncoder):
         places = torch.arange(inputs.shape[1], device=inputs.device)
         mask = (inputs != self.pad) | (places == 0)
         if self.end_is_pad:  # then the first of the padding is the end token
-            mask = mask | (places == (places * mask).amax(1, keepdim=True) + 1)
+            mask = mask | (places == end_of(mask)[:, None])
         return mask
+
+    def lengths(self, inputs: Tensor) -> Tensor:
+        """To the last token."""
+        return end_of(self.mask(inputs))
 
     def features(
         self,
@@ -75,9 +79,7 @@ class HFTextEncoder(TextEncoder):
         if self.pool == "cls":
             return hidden[:, 0]
         if self.pool == "last":
-            places = torch.arange(mask.shape[1], device=mask.device)
-            last = torch.where(mask, places, 0).amax(1)
-            return hidden[torch.arange(len(hidden), device=mask.device), last]
+            return hidden[torch.arange(len(hidden), device=mask.device), end_of(mask) - 1]
         if self.pool == "max":
             return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1)
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -40,6 +40,13 @@ class TextPreprocessor:
         self.encoding.save(folder)
 
 
+def end_of(
+    mask: Tensor,  # bool [n, L]
+) -> Tensor:  # int64 [n]
+    """How long rows are to the last place that is marked; 0 if none is."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+
+
 class TextEncoder(TowerModule, ABC):
     """A network on token ids."""
 

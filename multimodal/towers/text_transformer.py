@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimodal.parts import Operational
 from multimodal.towers.projection import Projection, check_width, projection
-from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower
+from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower, end_of
 from multimodal.towers.transformer import (
     Activation,
     activation_layer,
@@ -42,6 +42,14 @@ class TextTransformerEncoder(TextEncoder):
             return torch.eq(inputs, self.net.eos_id).int().argmax(1)
         place = inputs.shape[1] - 1 if self.net.pool_type == "last" else 0
         return torch.full(inputs.shape[:1], place, device=inputs.device)
+
+    def lengths(self, inputs: Tensor) -> Tensor | None:
+        """To the pooled token where attention is causal, to the last word where it is kept from padding."""
+        net = self.net
+        if net.pool_type == "last" or (net.attn_mask is None and not net.use_pad_mask):
+            return None
+        lengths = self.place(inputs) + 1
+        return lengths if net.attn_mask is not None else torch.maximum(lengths, end_of(inputs != net.pad_id))
 
     def depths(self) -> list[list[nn.Parameter]]:
         return depths(self.net, self.net.transformer.resblocks, self.net.ln_final)

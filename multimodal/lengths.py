@@ -1,0 +1,47 @@
+"""Inputs of different lengths, run in chunks of like length, so that little of what is computed is padding."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OVERHEAD = 128
+"""What a chunk costs beside its tokens, as so many tokens."""
+
+
+def chunks(
+    lengths: np.ndarray,  # [n] ascending
+) -> list[tuple[int, int]]:  # rows, and the length that they are filled up to
+    """The division into chunks, in order, that costs least: tokens, padding among them, and so many for each chunk."""
+    values, counts = np.unique(lengths, return_counts=True)
+    ends = np.concatenate([[0], counts.cumsum()])  # rows up to each value; a chunk never parts equal ones
+    costs, starts = np.zeros(len(ends), dtype=np.int64), np.zeros(len(ends), dtype=np.int64)
+    for end, value in enumerate(values, start=1):
+        ways = costs[:end] + (ends[end] - ends[:end]) * value
+        starts[end] = ways.argmin()
+        costs[end] = ways[starts[end]] + OVERHEAD
+    found, end = [], len(values)
+    while end:
+        start = int(starts[end])
+        found.append((int(ends[end] - ends[start]), int(values[end - 1])))
+        end = start
+    return found[::-1]
+
+
+def by_length(
+    encode: Callable[[Tensor], Tensor],  # from inputs, or the beginning of all of them, to [n, W]
+    inputs: Tensor,  # [n, L, ...]
+    lengths: Tensor,  # int64 [n], on the CPU; what is beyond them changes nothing
+) -> Tensor:  # [n, W]
+    """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device."""
+    order = lengths.argsort(stable=True)
+    found = chunks(lengths[order].numpy())
+    if len(found) == 1:
+        return encode(inputs[:, : found[0][1]])
+    if inputs.is_cuda:
+        order = order.pin_memory()  # the copy of other memory waits
+    order = order.to(inputs.device, non_blocking=True)
+    rows = torch.split(inputs[order], [count for count, _ in found])
+    made = torch.cat([encode(some[:, :length]) for some, (_, length) in zip(rows, found, strict=True)])
+    return torch.empty_like(made).index_copy(0, order, made)
