@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-OVERHEAD = 128
+OVERHEAD = 512
 """What a chunk costs beside its tokens, as so many tokens."""
 
 
