@@ -22,7 +22,7 @@ from multimodal.config import RunError, TrainConfig
 from multimodal.files import write_json
 from multimodal.model import Model
 from multimodal.parts import Loss
-from multimodal.step import Chunk, buffers_left_alone, encode_chunk, objective
+from multimodal.step import Chunk, attention, buffers_left_alone, encode_chunk, objective
 from multimodal.towers.batch_norm import trained_batch_norms
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> t
     The bytes that each tower keeps for its backward pass, and the peak of all that is made on the way.
     """
     kept, alive = [], []
-    with Peak() as peak:
+    with attention(context), Peak() as peak:
         for tower in model.towers:
             before = peak.alive
             features = encode_chunk(model, batch, context, _chunk(tower, rows))

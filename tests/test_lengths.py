@@ -205,3 +205,11 @@ def test_the_micro_batch_that_fits_has_room_for_captions_that_fill_the_context(
         found.append([memory.micro_batch_that_fits(one, batch, FP32) for batch in (short, full)])
     assert all(of_short == of_full for of_short, of_full in found)
     assert found[0] != found[-1]
+
+
+def test_a_micro_batch_is_found_in_bf16_with_checkpointed_blocks() -> None:
+    one = model(text(grad_checkpointing=True)).float().train()
+    found = memory.micro_batch_that_fits(
+        one, Batch({"text": captions()}, torch.arange(6)), torch.autocast("cpu", torch.bfloat16)
+    )
+    assert found == 6

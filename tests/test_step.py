@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_one_token import captions, pixels, text, vit
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multimodal.assemble import Assembled
 from multimodal.batch import Batch, Features
@@ -265,3 +267,37 @@ def test_features_and_loss_are_float32_where_towers_run_in_bf16() -> None:
     measured = training_step(model, {"a": Looks()}, adamw(model), data, BF16, 1.0, None, (0, 0))
     assert seen == [torch.float32] * 2
     assert measured["loss"].dtype == torch.float32
+
+
+class Ops(TorchDispatchMode):
+    """The names of what is computed while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_in_bf16_on_a_cpu_attention_is_not_that_whose_backward_pass_is_slow(
+    size: int | None, grad_checkpointing: bool
+) -> None:
+    fused = {}
+    for name, context in (("fp32", FP32), ("bf16", BF16)):
+        towers = {"image": vit(grad_checkpointing=grad_checkpointing), "text": text(causal=False)}
+        section = {"embed_dim": 8, "logit_scale": 10.0, "max_logit_scale": 100.0, "learn_logit_scale": True}
+        model = Model(towers, ModelSection(**section, logit_bias=None)).train()
+        inputs = {"image": pixels(), "text": captions()[:4]}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+        with Ops() as ops:
+            measured = training_step(
+                model, LOSSES, optimizer, Batch(inputs, torch.arange(4)), context, None, size, (0, 0)
+            )
+        assert measured["finite"] == 1
+        fused[name] = any("flash_attention" in op for op in ops.names)
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert fused == {"fp32": True, "bf16": False}
