@@ -135,7 +135,6 @@ def assemble(
     weights know no other. Weights are initialised from the seed; loading them is the caller's.
     """
     device = device_of(config.device)
-    problems = Problems()
 
     def captions() -> Iterator[str]:
         if source is None:
@@ -144,12 +143,29 @@ def assemble(
 
     torch.manual_seed(config.seed)
     readers, model = build(config.towers, config.model, config.augment, captions, saved, started_from)
+    _freeze(model, config)
+    precision = native_precision(device) if config.precision == "auto" else config.precision
+    return Assembled(readers, model.to(device), precision)
+
+
+def assemble_outline(
+    config: TrainConfig, captions: Callable[[], Iterable[str]]
+) -> tuple[dict[str, Reader], Model]:
+    """Readers and model on torch's meta device: shapes without memory, for which no weights are read.
+
+    A vocabulary is learnt from `captions`, which stand for those of the data.
+    """
+    readers, model = build(config.towers, config.model, config.augment, captions, None, outline=True)
+    _freeze(model, config)
+    return readers, model
+
+
+def _freeze(model: Model, config: TrainConfig) -> None:
+    problems = Problems()
     for name, tower in config.towers.items():
         with problems.at(f"towers.{name}.tuning"):
             model.freeze({name: tower.tuning})
     problems.report()
-    precision = native_precision(device) if config.precision == "auto" else config.precision
-    return Assembled(readers, model.to(device), precision)
 
 
 def build(
@@ -159,8 +175,10 @@ def build(
     captions: Callable[[], Iterable[str]],
     saved: Path | None,
     started_from: Path | None = None,
+    outline: bool = False,
 ) -> tuple[dict[str, Reader], Model]:
-    """The readers and the model of some towers; ConfigError with all that does not fit."""
+    """The readers and the model of some towers, without memory if it is an `outline`; ConfigError with all that does
+    not fit."""
     problems, readers, preprocessors = Problems(), {}, {}
     for name, tower in towers.items():
         with problems.at(f"towers.{name}"):
@@ -172,10 +190,13 @@ def build(
         modules = {}
         for name, preprocessor in preprocessors.items():
             with problems.at(f"towers.{name}"):
-                modules[name] = towers[name].build(preprocessor, section.embed_dim, saved is not None)
+                modules[name] = towers[name].build(preprocessor, section.embed_dim, saved is not None or outline)
         problems.report()
         return Model(modules, section)
 
+    if outline:
+        with torch.device("meta"):
+            return readers, model()
     if saved is None:
         return readers, model()
     with offline():

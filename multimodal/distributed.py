@@ -7,6 +7,7 @@ loss may be computed in full on every rank or only for the rank's own rows: the 
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import compress
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 BUCKET = 32 * 2**20
 """Bytes of gradients that are reduced together: few messages, and no second copy of all of them."""
+PRETENDED = "fake"
+"""Torch's backend of ranks that are not there; what comes from them has shapes, and no meaning."""
 
 
 def rank() -> int:
@@ -41,6 +44,21 @@ def start(device: torch.device) -> None:
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(ranks: int) -> Iterator[None]:
+    """Be rank 0 of so many, alone: to see what shapes and how much memory a step has there."""
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group(PRETENDED, store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 
@@ -95,7 +113,7 @@ def agree(statement: str, problem: str = "") -> None:
     travel between the processors: nothing waits for the device. A process group that somebody else has started needs a
     backend for them, such as "cpu:gloo,cuda:nccl".
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_backend() != PRETENDED:
         text = f"{'!' if problem else ' '}{problem or statement}".encode()[:_LONGEST]
         texts = [torch.zeros(_LONGEST, dtype=torch.uint8) for _ in range(dist.get_world_size())]
         dist.all_gather(texts, torch.tensor(list(text.ljust(_LONGEST, b"\0")), dtype=torch.uint8))
@@ -239,10 +257,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not dist.is_initialized():
         return
     trained = [p for p in parameters if p.requires_grad]
-    present = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8)
-    dist.all_reduce(present, dist.ReduceOp.MAX)  # layers may be left out at random, on one rank and not on another
     grads = []
-    for p in compress(trained, present.tolist()):
+    for p in compress(trained, _anywhere([p.grad is not None for p in trained])):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads.append(p.grad)
     for bucket in _buckets(grads):
@@ -251,6 +267,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= dist.get_world_size()
         for grad, mean in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
             grad.copy_(mean.view_as(grad))
+
+
+def _anywhere(present: list[bool]) -> list[bool]:
+    """What one rank has at least: layers may be left out at random, on one and not on another."""
+    if dist.get_backend() == PRETENDED:
+        return present
+    found = torch.tensor(present)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [bool(one) for one in found]
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

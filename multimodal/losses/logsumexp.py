@@ -171,5 +171,5 @@ def _weights_apart(
 
 
 def _answers_at_once(x: Tensor) -> bool:
-    """Whether a question about values does not have to wait for the device."""
-    return x.device.type == "cpu"
+    """Whether a question about values does not have to wait for the device, and there are values (`rehearsal`)."""
+    return x.device.type == "cpu" and type(x) is Tensor

@@ -1,0 +1,118 @@
+"""How near the planned memory of a training step is to what a step really takes on a CPU.
+
+    uv run python benchmarks/plan_memory.py              # three small models
+    uv run python benchmarks/plan_memory.py --quick      # one
+
+Measured is the highest resident size of a process of its own over four training steps (Linux), above its size before
+the model was made and after a step of another, tiny model, which loads what libraries load once. Planned is the peak of
+`scripts/plan.py` with `hardware=cpu`, one device and the same settings. Ends in one line of JSON: planned / measured.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from multimodal.assemble import assemble
+from multimodal.batch import Batch
+from multimodal.cli import CONF, plain, register_plugins
+from multimodal.config import check
+from multimodal.optim import parameter_groups
+from multimodal.plan import PlanConfig, Planner
+from multimodal.step import training_step
+
+ALWAYS = ("run.name=measured", "hardware=cpu", "evals=[]", "checkpoint.best=null", "tracker=none", "device=cpu")
+CLIP = ("tower@towers.image=vit_s_16", "tower@towers.text=text_transformer_small", "precision=fp32")
+MODELS = {
+    "resnet_tiny, 512, fp32": ("precision=fp32", "global_batch_size=512"),
+    "vit_tiny, 512, bf16": ("tower@towers.image=vit_tiny", "precision=bf16", "global_batch_size=512"),
+    "vit_s_16, 256 by 32, fp32": (*CLIP, "global_batch_size=256", "micro_batch_size=32"),
+}
+TINY = ("tower@towers.image=vit_tiny", "towers.image.layers=1", "global_batch_size=8")
+STEPS = 4
+
+
+def configured(*overrides: str) -> PlanConfig:
+    """As scripts/plan.py composes it."""
+    register_plugins()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return check(plain(compose("plan", [*ALWAYS, *overrides])), PlanConfig)
+
+
+def train(config: PlanConfig, steps: int) -> None:
+    """Steps of the real thing on made-up data."""
+    source = config.dataset.build(Path(config.paths.datasets))
+    assembled = assemble(config, source, None)
+    model = assembled.model.train()
+    tunings = {name: tower.tuning for name, tower in config.towers.items()}
+    optimizer = config.optimizer.build(parameter_groups(model, config.optimizer, tunings))
+    size = config.micro_batch_size
+    assert not isinstance(size, str)
+    for step in range(steps):
+        samples = [source[index] for index in range(8)]
+        inputs = {}
+        for name, reader in assembled.readers.items():
+            rows = torch.stack([reader.preprocessor(sample.inputs[reader.reads], None) for sample in samples])
+            inputs[name] = rows.repeat(config.global_batch_size // len(rows), *[1] * (rows.ndim - 1))
+        ids = torch.arange(config.global_batch_size)
+        batch = Batch(inputs, ids, {"caption": ids})
+        training_step(
+            model, config.loss, optimizer, batch, assembled.context, config.max_grad_norm, size, (config.seed, step)
+        )
+
+
+def status(key: str) -> int:
+    """A number of bytes from what Linux says of this process."""
+    found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measure(overrides: tuple[str, ...], answer: Any) -> None:
+    """Sends the bytes at the peak of training above those before there was a model."""
+    torch.set_num_threads(1)
+    config = configured(*overrides)
+    train(configured(*TINY, f"precision={config.precision}"), 1)
+    ctypes.CDLL(None).malloc_trim(0)  # what the tiny model leaves is not there to be used again
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size is counted anew
+    before = status("VmRSS")
+    train(config, STEPS)
+    answer.send(status("VmHWM") - before)
+
+
+def in_a_process(overrides: tuple[str, ...]) -> int:
+    """The same, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(overrides, theirs))
+    process.start()
+    theirs.close()
+    found: int = mine.recv()
+    process.join()
+    return found
+
+
+def main() -> None:
+    """Print a table, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first model only")
+    names = list(MODELS)[:1] if parser.parse_args().quick else list(MODELS)
+    ratios = {}
+    print(f"{'model':28} {'planned':>12} {'measured':>12}")
+    for name in names:
+        measured = in_a_process(MODELS[name])
+        planner = Planner(configured(*MODELS[name]))
+        planned = planner.memory(planner.micro_batch_size).peak
+        ratios[name] = round(planned / measured, 3)
+        print(f"{name:28} {planned / 2**20:8.1f} MiB {measured / 2**20:8.1f} MiB {ratios[name]:6.3f}", flush=True)
+    print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main()

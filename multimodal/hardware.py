@@ -1,0 +1,45 @@
+"""What a machine can do, as numbers: for planning without having it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from multimodal.parts import Section
+
+
+class Speed(Section):
+    """Peak TFLOP/s (10^12 multiplications and additions a second) of dense products, by the precision of a run."""
+
+    fp32: float = Field(gt=0)
+    """In float32 as torch multiplies it unless told otherwise: without TF32."""
+    bf16: float | None = Field(gt=0)
+    """Under autocast to bf16, sums in float32; null where the hardware has none."""
+
+
+class Hardware(Section):
+    """One device: a GPU, or a machine that trains on its processor. Its YAML says where the numbers are from."""
+
+    name: str = Field(min_length=1)
+    """As its maker calls it."""
+    device: Literal["cuda", "cpu"]
+    """What it is for torch; autocast keeps other operations in float32 on each."""
+    memory_gb: float = Field(gt=0)
+    """Of one device, in GB of 10^9 bytes, as makers count."""
+    tflops: Speed
+    """At its best; a run reaches a share of it, `utilisation`."""
+    price_per_hour: float = Field(ge=0)
+    """Of one device, in dollars; an assumption."""
+
+    def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
+        """What `precision` means on it; ValueError for what it does not have."""
+        if wanted == "bf16" and self.tflops.bf16 is None:
+            raise ValueError(f"{self.name} has no bf16: auto or fp32")
+        if wanted == "auto":
+            return "fp32" if self.tflops.bf16 is None else "bf16"
+        return wanted
+
+    def flops_per_s(self, precision: Literal["fp32", "bf16"]) -> float:
+        """Operations a second, at its best."""
+        peak = self.tflops.bf16 if precision == "bf16" else self.tflops.fp32
+        assert peak is not None
+        return peak * 1e12
