@@ -148,9 +148,7 @@ def assemble(
     return Assembled(readers, model.to(device), precision)
 
 
-def assemble_outline(
-    config: TrainConfig, captions: Callable[[], Iterable[str]]
-) -> tuple[dict[str, Reader], Model]:
+def assemble_outline(config: TrainConfig, captions: Callable[[], Iterable[str]]) -> tuple[dict[str, Reader], Model]:
     """Readers and model on torch's meta device: shapes without memory, for which no weights are read.
 
     A vocabulary is learnt from `captions`, which stand for those of the data.

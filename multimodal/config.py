@@ -208,7 +208,7 @@ def _rows_at_a_time(value: Any) -> Any:
 class TrainConfig(Config):
     """One experiment."""
 
-    rules = (
+    rules: ClassVar[tuple[Callable[[Any], Findings], ...]] = (
         _losses_find_their_towers,
         _warmup_fits,
         _duration_is_not_zero,

@@ -25,7 +25,7 @@ from multimodal.memory import check_micro_batches
 from multimodal.rehearsal import Rehearsal
 from multimodal.towers.batch_norm import trained_batch_norms
 
-WORDS = 30_000
+WORDS = 10_000
 """Enough pairs of letters for any vocabulary to be learnt in full."""
 FLOAT = 4
 """Bytes of a feature, which is float32 in any precision."""
@@ -146,7 +146,7 @@ class Planner:
         """Of a sample: every forward and backward pass that a step makes, and its share of the loss."""
         rows = self._rehearsed_rows(self.micro_batch_size)
         step, _ = self._step(self.micro_batch_size, self.config.sharding, None)
-        return step.flops / rows + self._loss.flops / self.rows
+        return float(step.flops / rows + self._loss.flops / self.rows)
 
     def samples_per_s(self) -> float:
         """Over all ranks."""

@@ -1,4 +1,4 @@
-"""A training step without the machine for it: on tensors that have shapes and no memory, as one of ranks that are not there.
+"""A training step without the machine for it: tensors have shapes and no memory, and the other ranks are not there.
 
 The step is the trainer's own: what towers skip, a frozen tower's missing backward pass, micro-batches and checkpointed
 blocks are in the numbers because they are in the step. Nothing here knows what a tower is made of.
@@ -96,7 +96,7 @@ class Rehearsal:
             if sharded:
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
-                        hook = parameter.register_post_accumulate_grad_hook(_let_go)
+                        hook = parameter.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
                         until_end.callback(hook.remove)
             limit, seed = self.config.max_grad_norm, (0, 0)
             with FlopCounterMode(display=False) as flops, Peak() as stand_in.peak:
@@ -116,14 +116,17 @@ class Rehearsal:
             with FlopCounterMode(display=False) as flops, Peak() as peak:
                 given = Features(tensors, model.logit_scale.exp(), model.logit_bias, ids)
                 terms = [loss.weight * loss(given) for loss in self.config.loss.values()]
-                torch.stack(terms).sum().backward()
+                torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
                 model.zero_grad(set_to_none=True)
         return Taken(peak.bytes, flops.get_total_flops())
 
     def forward(self, tower: str, full_form: bool = False) -> int:
-        """FLOPs of one sample's features, of all tokens, padding included.
+        """FLOPs of one sample's features: what this tower computes for a caption that fills the context.
 
-        In its `full_form` the network computes also what its features do not need, as open_clip's own forward does.
+        In its `full_form` the network is run by open_clip's own forward, over every token in every block, padding
+        included, whatever the tower would leave out. This is how open_clip's `docs/model_profile.csv` counts: 2 for a
+        multiplication with its addition, products of attention among them and not halved where it is causal, norms,
+        activations and softmax not counted.
         """
         with self._stage(1), torch.no_grad():
             inputs = torch.empty(1, *self.inputs[tower].shape, dtype=self.inputs[tower].dtype)
@@ -131,7 +134,7 @@ class Rehearsal:
             assert isinstance(module, TowerModule)
             with FlopCounterMode(display=False) as flops, self.context:
                 module.projection(_whole_network(module)(inputs) if full_form else module(inputs))
-        return flops.get_total_flops()
+        return int(flops.get_total_flops())
 
     def batch(self, rows: int) -> Batch:
         """So many rows of what the trainer is given."""
@@ -191,9 +194,9 @@ def _norms_in_float32() -> Iterator[None]:
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, *args, **named: norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **named)
 
-    with patch.object(F, "layer_norm", in_float32(F.layer_norm)):
-        with patch.object(F, "group_norm", in_float32(F.group_norm)):
-            yield
+    both = {name: in_float32(getattr(F, name)) for name in ("layer_norm", "group_norm")}
+    with patch.multiple(F, **both):
+        yield
 
 
 def _without_memory(model: nn.Module) -> None:
@@ -215,10 +218,13 @@ def _without_memory(model: nn.Module) -> None:
 
 def _whole_network(module: TowerModule) -> Callable[[Tensor], Tensor]:
     """The tower's network by its own forward, which knows of nothing to leave out."""
-    net = getattr(module, "net", None)
     if isinstance(module, ImageEncoder):
-        return lambda inputs: net(inputs.float())
-    return net if isinstance(module, TextTransformerEncoder) else module
+        image: nn.Module = module.net
+        return lambda inputs: image(inputs.float())
+    if isinstance(module, TextTransformerEncoder):
+        text: nn.Module = module.net
+        return text
+    return module
 
 
 def _blocks(tower: nn.Module) -> Iterator[list[nn.Parameter]]:

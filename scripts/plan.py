@@ -16,6 +16,8 @@ from multimodal.plan import PlanConfig, Planner
 
 logger = logging.getLogger(__name__)
 
+NAMES = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="plan")
 def main(composed: DictConfig) -> None:
@@ -78,9 +80,11 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     yield f"a step computes {plan['training_flops'] / 1e9:,.2f} GFLOPs for each sample, the loss among them"
     yield ""
     memory = plan["memory"]
-    yield f"{'memory of each':22} {'GB':>8}"
+    yield f"{'memory of each':24} {'GB':>9}"
     for part in ("weights", "optimizer", "gradients", "batch", "features", "activations", "peak", "loss"):
-        what = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}.get(part, part)
+        what = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}.get(
+            part, part
+        )
         yield f"{what:22} {memory[part] / 1e9:9.3f}"
     yield f"to fill: {memory['budget'] / 1e9:.1f} GB, {config.memory_share:.0%} of {config.hardware.memory_gb:g}"
     for name, peak in plan["peak_by_grad_checkpointing"].items():
@@ -92,7 +96,7 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     if plan["time"] is None:
         yield f"duration={config.duration} of how many samples? samples_per_epoch=N, or duration=Nsamples"
         return
-    time = {key: f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for key, value in plan["time"].items()}
+    time = {key: f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for key, value in plan["time"].items()}
     price = f"at ${config.hardware.price_per_hour:g} an hour, an assumption"
     yield f"{time['samples']} samples, {time['steps']} steps: {time['hours']} hours"
     yield f"{time['gpu_hours']} device hours, ${time['dollars']} {price}"

@@ -38,7 +38,7 @@ PLACES = {
 GIVEN = "given.csv"
 NEEDED = {"sigmoid": ["model.logit_bias=-10.0"]}
 """What a choice asks of the rest of the configuration."""
-NO_PARTS = {"experiment", "sweep", "tuning", "architecture", "to"}
+NO_PARTS = {"experiment", "sweep", "tuning", "architecture", "to", "hardware"}
 CHOICES = [(group, choice) for group in PLACES for choice in FILES.get(group, [])]
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
 
