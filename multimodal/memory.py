@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +40,16 @@ USED_UP = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made while it is active: those alive now, and the most at one time."""
+    """Counts the bytes of tensors that are made while it is active: those alive now, and the most at one time.
 
-    def __init__(self) -> None:
+    What is a view of tensors that were there before is taken for new, unless they are named.
+    """
+
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.alive = 0
-        self.known: set[int] = set()
+        self.before = [tensor.untyped_storage() for tensor in before]
+        self.known = {id(storage) for storage in self.before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -99,7 +99,8 @@ class Rehearsal:
                         hook = parameter.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
                         until_end.callback(hook.remove)
             limit, seed = self.config.max_grad_norm, (0, 0)
-            with FlopCounterMode(display=False) as flops, Peak() as stand_in.peak:
+            stand_in.peak = Peak([*self._held(), *_tensors(batch)])
+            with FlopCounterMode(display=False) as flops, stand_in.peak:
                 training_step(
                     self.model, stand_in.losses, self.optimizer, batch, self.context, limit, micro_batch_size, seed
                 )
@@ -113,7 +114,8 @@ class Rehearsal:
                 f"{tower}_features": torch.empty(rows, model.embed_dim, requires_grad=True) for tower in model.towers
             }
             ids = self.batch(rows).ids
-            with FlopCounterMode(display=False) as flops, Peak() as peak:
+            before = [*self._held(), *tensors.values(), *ids.values()]
+            with FlopCounterMode(display=False) as flops, Peak(before) as peak:
                 given = Features(tensors, model.logit_scale.exp(), model.logit_bias, ids)
                 terms = [loss.weight * loss(given) for loss in self.config.loss.values()]
                 torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
@@ -147,8 +149,14 @@ class Rehearsal:
 
     def bytes_of(self, rows: int) -> int:
         """Of a batch."""
-        batch = self.batch(rows)
-        return _bytes([*batch.inputs.values(), *batch.pooled.values(), batch.indices, *batch.ids.values()])
+        return _bytes(_tensors(self.batch(rows)))
+
+    def _held(self) -> Iterator[Tensor]:
+        """What is there all the time."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for state in self.optimizer.state.values():
+            yield from (x for x in state.values() if isinstance(x, Tensor))
 
     def _update_once(self) -> None:
         """After which the optimizer has its state."""
@@ -194,8 +202,10 @@ def _norms_in_float32() -> Iterator[None]:
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, *args, **named: norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **named)
 
-    both = {name: in_float32(getattr(F, name)) for name in ("layer_norm", "group_norm")}
-    with patch.multiple(F, **both):
+    with (
+        patch.object(F, "layer_norm", in_float32(F.layer_norm)),
+        patch.object(F, "group_norm", in_float32(F.group_norm)),
+    ):
         yield
 
 
@@ -235,6 +245,11 @@ def _blocks(tower: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    ids = [x for x in batch.ids.values() if x is not batch.indices]
+    return [*batch.inputs.values(), *batch.pooled.values(), batch.indices, *ids]
 
 
 def _bytes(tensors: Any) -> int:
