@@ -142,6 +142,12 @@ def test_planned_memory_is_what_a_real_step_takes(overrides: tuple[str, ...]) ->
     )  # less than 0.01 but for checkpoints
 
 
+def test_checkpointed_blocks_take_less_than_half() -> None:
+    deep = ("global_batch_size=256", "towers.image.layers=6", "towers.text.layers=6")
+    kept, again = (planner(*deep).memory(None, grad_checkpointing=on) for on in (False, True))
+    assert again.activations < kept.activations / 2
+
+
 def test_activations_are_linear_in_the_rows_of_a_rank() -> None:
     few, more, most = (planner(f"global_batch_size={rows}").memory(None) for rows in (256, 512, 1024))
     assert most.peak - more.peak == pytest.approx(2 * (more.peak - few.peak), rel=0.05)
