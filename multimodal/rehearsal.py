@@ -135,7 +135,8 @@ class Rehearsal:
             inputs = torch.empty(1, *self.inputs[tower].shape, dtype=self.inputs[tower].dtype)
             module = self.model.towers[tower]
             assert isinstance(module, TowerModule)
-            with _Products() as flops, self.context:
+            flops = _Products()
+            with flops, self.context:
                 module.projection(_whole_network(module)(inputs) if full_form else module(inputs))
         return flops.total
 
