@@ -79,7 +79,7 @@ class HFTextEncoder(TextEncoder):
         if self.pool == "cls":
             return hidden[:, 0]
         if self.pool == "last":
-            return hidden[torch.arange(len(hidden), device=mask.device), end_of(mask) - 1]
+            return hidden[torch.arange(hidden.shape[0], device=mask.device), end_of(mask) - 1]
         if self.pool == "max":
             return hidden.masked_fill(~mask[..., None], -torch.inf).amax(1)
         return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
