@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multimodal import checkpoint
+from multimodal import checkpoint, distributed
 from multimodal.config import EVAL, ConfigError, ModelSection, TrainConfig, Weights, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
@@ -19,6 +19,7 @@ from multimodal.offline import offline
 from multimodal.outline import outlined
 from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
+from multimodal.sharding import is_sharded, shard
 
 Evaluation = Callable[[EncoderContract], Report]
 
@@ -36,7 +37,8 @@ class Assembled:
     def context(self) -> torch.autocast:
         """In which the towers run."""
         device = self.model.logit_scale.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        cached = not is_sharded(self.model)  # the cache would keep whole weights in bf16
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=cached)
 
 
 def device_of(wanted: str) -> torch.device:
@@ -132,7 +134,8 @@ def assemble(
     """Readers and model: new ones, or as in the `saved` checkpoint.
 
     New ones learn their vocabulary from `source`, or have that of the checkpoint that they are `started_from`, whose
-    weights know no other. Weights are initialised from the seed; loading them is the caller's.
+    weights know no other. Weights are initialised from the seed; loading them is the caller's. They are sharded if
+    that is asked for and there are several ranks.
     """
     device = device_of(config.device)
 
@@ -145,6 +148,8 @@ def assemble(
     readers, model = build(config.towers, config.model, config.augment, captions, saved, started_from)
     _freeze(model, config)
     precision = native_precision(device) if config.precision == "auto" else config.precision
+    if config.sharding == "full" and distributed.started():
+        shard(model, device)
     return Assembled(readers, model.to(device), precision)
 
 
@@ -209,9 +214,9 @@ def _has_learnt(checkpoint_folder: Path | None, tower: str) -> bool:
 
 
 def load(folder: Path, weights: Weights = "raw", **changes: Any) -> tuple[TrainConfig, Assembled]:
-    """The configuration and the model of a checkpoint's folder; `changes` replace operational settings."""
+    """The configuration and the model, whole, of a checkpoint's folder; `changes` replace operational settings."""
     raw = checkpoint.load_config(folder)
-    config = check({**raw, **changes}, TrainConfig)
+    config = check({**raw, "sharding": "none", **changes}, TrainConfig)
     assembled = assemble(config, None, folder)
     checkpoint.load_model(folder, assembled.model, weights)
     return config, assembled

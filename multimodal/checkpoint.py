@@ -8,7 +8,7 @@ to the best of them.
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from multimodal import distributed
 from multimodal.config import Weights
 from multimodal.data.loader import Reader
 from multimodal.ema import Ema
@@ -86,11 +87,30 @@ def find(run: Path, which: str = "last") -> Path:
     raise FileNotFoundError(f"{run} has no checkpoint '{which}'; steps with one: {have}")
 
 
+def whole_tensors(ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint's safetensors files hold, by name, for rank 0; sharded ones are gathered, by all ranks.
+
+    One after the other, and onto the CPU: a device never holds more than one whole tensor.
+    """
+    files = {FILES[kind]: tensors for kind, tensors in ema.state_dicts().items()}
+    files["optimizer.safetensors"] = _optimizer_tensors(ema.model, optimizer)
+    return {file: dict(_whole(tensors)) for file, tensors in files.items()}
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if distributed.is_sharded(tensor):
+            tensor = distributed.whole(tensor)
+            if distributed.rank() > 0:
+                continue
+            tensor = tensor.cpu()
+        yield name, tensor
+
+
 def save(
     run: Path,
     state: TrainerState,
-    ema: Ema,
-    optimizer: torch.optim.Optimizer,
+    files: Mapping[str, Mapping[str, Tensor]],  # by name, what each holds
     readers: Mapping[str, Reader],
     config: str,
 ) -> None:
@@ -101,8 +121,7 @@ def save(
     partial.mkdir(parents=True)
     (partial / "state.json").write_text(state.model_dump_json(indent=2))
     (partial / "config.yaml").write_text(config)
-    stored = {FILES[kind]: tensors for kind, tensors in ema.state_dicts().items()}
-    for name, tensors in {**stored, "optimizer.safetensors": _optimizer_tensors(ema.model, optimizer)}.items():
+    for name, tensors in files.items():
         file = partial / name
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
         shutil.copymode(partial / "state.json", file)  # safetensors makes it readable by its owner only
@@ -210,7 +229,8 @@ def load_model(folder: Path, model: Model, weights: Weights = "raw") -> None:
     file = weights_file(folder, weights)
     tensors = load_tensors(file)
     require_same(file, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model)
-    model.load_state_dict(tensors)
+    for name, own in model.state_dict().items():
+        own.copy_(distributed.placed_as(own, tensors[name]))
 
 
 def stored_shapes(folder: Path) -> dict[str, Shape]:
@@ -242,7 +262,8 @@ def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer)
     for key, tensor in load_tensors(folder / "optimizer.safetensors").items():
         name, _, entry = key.rpartition("/")
         if tensor.shape == parameters[name].shape:  # in the weights' own memory format, which fused kernels rely on
-            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype, device="cpu").copy_(tensor)
+            like = torch.empty_like(parameters[name], dtype=tensor.dtype)
+            tensor = like.copy_(distributed.placed_as(like, tensor))
         state.setdefault(places[name], {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -189,6 +189,11 @@ def _scale_below_its_limit(config: "TrainConfig") -> Findings:
         yield "model.logit_scale", f"{config.model.logit_scale} is above max_logit_scale={limit}"
 
 
+def _shards_suffice(config: "TrainConfig") -> Findings:
+    if config.sharding == "full" and not config.optimizer.elementwise:
+        yield "sharding", f"{type(config.optimizer).__name__} updates whole matrices: none, or another optimizer"
+
+
 def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Findings:
     cadences = {"log.every": config.log.every, **{f"evals.{k}.every": part.every for k, part in config.evals.items()}}
     for path, cadence in cadences.items():
@@ -217,6 +222,7 @@ class TrainConfig(Config):
         _evaluations_find_their_towers,
         _kept_features_stay_the_same,
         _scale_below_its_limit,
+        _shards_suffice,
         _only_checkpoints_by_the_clock,
     )
 
@@ -234,6 +240,9 @@ class TrainConfig(Config):
     """Pairs that the towers of a rank work on at a time: the gradient is that of the whole batch all the same (with
     other random masks, where towers draw some), with the memory of so many, for a second forward pass. auto finds the
     most that fit; null is all of a rank's."""
+    sharding: Operational[Literal["none", "full"]] = "none"
+    """Whether each rank holds all weights, or with full only a part of them, of their gradients, the optimizer's state
+    and the running mean: the same numbers with less memory, for more traffic between ranks."""
     max_grad_norm: float | None = Field(gt=0)
     """Gradients are scaled down to this norm; null for no limit."""
     precision: Literal["auto", "fp32", "bf16"]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
 
@@ -39,6 +40,11 @@ def start(device: torch.device) -> None:
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def started() -> bool:
+    """Whether there are other ranks, and this one has joined them."""
+    return dist.is_initialized()
 
 
 def stop() -> None:
@@ -253,10 +259,13 @@ def _pass_on(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over ranks, many in one reduction; 0 is that of a rank without."""
+    """Replace every gradient by its mean over ranks, many in one reduction; 0 is that of a rank without.
+
+    Those of sharded parameters are left: they are means already.
+    """
     if not dist.is_initialized():
         return
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     grads = []
     for p in compress(trained, _anywhere([p.grad is not None for p in trained])):
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -300,6 +309,34 @@ def largest(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
+
+
+# --- tensors of which each rank has a part ---------------------------------------------------------------------------
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether ranks hold parts of it."""
+    return isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, in the same memory; any other as it is."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a sharded tensor, which all ranks must ask for; any other as it is."""
+    return x.full_tensor().detach() if isinstance(x, DTensor) else x
+
+
+def placed_as(
+    like: Tensor,
+    x: Tensor,  # whole, and the same on all ranks
+) -> Tensor:
+    """The tensor, sharded as `like` is; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def average(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from multimodal import distributed
 from multimodal.config import Weights
 from multimodal.model import Model
 
@@ -23,8 +24,8 @@ class Ema:
         decay: float | None,  # None keeps no mean
     ) -> None:
         self.model, self.decay = model, decay
-        self.weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad and decay is not None]
-        self.means = [p.detach().clone() for p in self.weights]
+        self.weights = [p for p in model.parameters() if p.requires_grad and decay is not None]
+        self.means = [p.detach().clone() for p in self.weights]  # sharded as they are
 
     @property
     def kinds(self) -> tuple[Weights, ...]:
@@ -38,26 +39,35 @@ class Ema:
     ) -> None:
         """Move the mean towards the weights, after a step."""
         if self.decay is not None:
-            change = torch._foreach_sub(self.weights, self.means)
+            weights, means = ([distributed.local(x) for x in some] for some in (self.weights, self.means))
+            change = torch._foreach_sub(weights, means)
             torch._foreach_mul_(change, (1 - self.decay) * finite)
-            torch._foreach_add_(self.means, change)
+            torch._foreach_add_(means, change)
 
     @contextmanager
     def in_place(self, kind: Weights) -> Iterator[None]:
-        """The model has these weights inside; nothing is copied."""
-        raw = [p.data for p in self.weights]
-        for p, data in zip(self.weights, self.means if kind == "ema" else raw, strict=True):
-            p.data = data
+        """The model has these weights inside; they change places one by one, in the memory that they have."""
+        if kind == "ema":
+            self._swap()
         try:
             yield
         finally:
-            for p, data in zip(self.weights, raw, strict=True):
-                p.data = data
+            if kind == "ema":
+                self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for p, mean in zip(self.weights, self.means, strict=True):
+            weight, other = distributed.local(p), distributed.local(mean)
+            kept = weight.clone()
+            weight.copy_(other)
+            other.copy_(kept)
 
     def state_dicts(self) -> dict[Weights, dict[str, Tensor]]:
         """The whole model with each kind of weights."""
-        states: dict[Weights, dict[str, Tensor]] = {}
-        for kind in self.kinds:
-            with self.in_place(kind):
-                states[kind] = self.model.state_dict()
+        states: dict[Weights, dict[str, Tensor]] = {kind: self.model.state_dict() for kind in self.kinds}
+        if self.decay is not None:
+            means = {id(p): mean for p, mean in zip(self.weights, self.means, strict=True)}
+            named = self.model.named_parameters(remove_duplicate=False)
+            states["ema"] |= {name: means[id(p)] for name, p in named if id(p) in means}
         return states

@@ -13,6 +13,7 @@ from multimodal import distributed
 from multimodal.data.loader import Reader, read_inputs
 from multimodal.model import Model
 from multimodal.parts import BadSample
+from multimodal.sharding import gathered
 
 
 class Encoder:
@@ -56,6 +57,7 @@ class Encoder:
         hide = True if distributed.rank() else None  # None hides it where there is no terminal
         with (
             self._evaluating(),
+            gathered(self.model.towers[tower]),
             tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, delay=1, disable=hide) as bar,
             closing(read_inputs(inputs, self.readers[tower], mine, self.batch_size, self.workers)) as batches,
         ):

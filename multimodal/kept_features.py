@@ -19,6 +19,7 @@ from multimodal.data.loader import Reader, read_inputs
 from multimodal.data.views import Inputs
 from multimodal.files import write_json
 from multimodal.parts import BadSample, Source
+from multimodal.sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def _fingerprint(name: str, config: TrainConfig, assembled: Assembled, source: S
     for key, tensor in assembled.model.towers[name].state_dict().items():
         if not key.startswith("projection."):
             digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            values = distributed.whole(tensor).detach().cpu().contiguous()
+            digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     described = [part.model_dump(mode="json") for part in (config.towers[name], config.dataset)]
     return {
         "weights": digest.hexdigest(),
@@ -133,6 +135,7 @@ def _compute(
     hide = True if rank else None  # None hides it where there is no terminal
     reader = assembled.readers[name]
     with (
+        gathered(tower),
         tqdm(total=len(mine), desc=f"features of {name}", unit="", leave=False, disable=hide) as bar,
         closing(read_inputs(Inputs(source, reader.reads), reader, mine, BATCH, config.workers)) as batches,
     ):

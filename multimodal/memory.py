@@ -129,20 +129,16 @@ def micro_batch_that_fits(model: Model, losses: Mapping[str, Loss], batch: Batch
     batch = replace(batch, lengths={})  # another one may have captions that fill the context
     if rows <= PROBES[-1] or trained_batch_norms(model):
         return rows
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    budget = int(SHARE * free_bytes(model.logit_scale.device)) - BESIDE * trained
+    held = sum(distributed.local(p).nbytes for p in model.parameters() if p.requires_grad)
+    budget = int(SHARE * free_bytes(model.logit_scale.device)) - BESIDE * held
     with buffers_left_alone(model):
         try:
-            budget -= _batch_bytes(model, losses, batch, context)
+            # Sharded, ranks wait for each other in every pass: they go through the same ones.
+            budget = distributed.smallest(budget - _batch_bytes(model, losses, batch, context))
             sizes = _sizes(model, batch, context, budget)
             size = next((size for size in sizes if _fits(model, batch, context, size, budget)), 0)
-        except RuntimeError as error:
-            if not _is_used_up(error):
-                raise
-            size = 0
         finally:
             model.zero_grad(set_to_none=True)
-    size = distributed.smallest(size)
     if size == 0:
         raise RunError("the activations of a single row do not fit into memory: a smaller model, or grad_checkpointing")
     return size
@@ -171,8 +167,10 @@ def _unit_rows(row: Tensor, number: int) -> Tensor:
 def _sizes(model: Model, batch: Batch, context: torch.autocast, budget: int) -> Iterator[int]:
     """From the largest: what may fit, by what a forward pass keeps of a few rows."""
     rows = len(batch.indices)
-    few, more = (_passes(model, batch, context, probe)[0] for probe in PROBES)
-    by_tower = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(few, more, strict=True)]
+    few, more = (_passes(model, batch, context, probe) for probe in PROBES)
+    if not distributed.smallest(int(few is not None and more is not None)) or few is None or more is None:
+        return
+    by_tower = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(few[0], more[0], strict=True)]
     if sum(by_tower) * rows <= budget:
         yield rows
     size = 1 << ((rows - 1).bit_length() - 1)
@@ -183,19 +181,26 @@ def _sizes(model: Model, batch: Batch, context: torch.autocast, budget: int) -> 
 
 
 def _fits(model: Model, batch: Batch, context: torch.autocast, rows: int, budget: int) -> bool:
+    """On all ranks."""
+    found = _passes(model, batch, context, rows)
+    return bool(distributed.smallest(int(found is not None and found[1] <= budget)))
+
+
+def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[list[int], int] | None:
+    """Forward and backward, tower after tower for a micro-batch, through all of them together for the whole batch.
+
+    The bytes that each tower keeps for its backward pass, and the peak of all that is made on the way; None where
+    memory was used up.
+    """
     try:
-        return _passes(model, batch, context, rows)[1] <= budget
+        return _measured(model, batch, context, rows)
     except RuntimeError as error:
         if not _is_used_up(error):
             raise
-        return False
+        return None
 
 
-def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[list[int], int]:
-    """Forward and backward, tower after tower for a micro-batch, through all of them together for the whole batch.
-
-    The bytes that each tower keeps for its backward pass, and the peak of all that is made on the way.
-    """
+def _measured(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[list[int], int]:
     kept, alive = [], []
     with attention(context), Peak() as peak:
         for tower in model.towers:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, Strict
 from torch import Tensor, nn
 
+from multimodal import distributed
 from multimodal.model import Model
 from multimodal.parts import Optimizer, Schedule, TowerModule, Tuning
 
@@ -29,10 +30,10 @@ def parameter_groups(model: Model, optimizer: Optimizer, tunings: Mapping[str, T
     times, and what precedes the first of n blocks d**(n + 1) times (Bao et al. 2022, BEiT).
 
     `hidden` are the matrices that blocks multiply by: neither embeddings nor what projects into the shared space, nor
-    kernels of convolutions.
+    kernels of convolutions. Sharded weights are in groups of their own: torch takes no lists of both kinds.
     ValueError if nothing is left to train.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     hidden = {id(p) for tower in model.towers.values() for p in _hidden_matrices(tower)}
     biases = {id(p) for tower in model.towers.values() for name, p in tower.named_parameters() if "bias" in name}
     seen: set[int] = set()
@@ -42,7 +43,7 @@ def parameter_groups(model: Model, optimizer: Optimizer, tunings: Mapping[str, T
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 decays = parameter.ndim >= 2 and id(parameter) not in biases
-                key = lr, weight_decay if decays else 0.0, id(parameter) in hidden
+                key = lr, weight_decay if decays else 0.0, id(parameter) in hidden, distributed.is_sharded(parameter)
                 groups.setdefault(key, []).append(parameter)
 
     for name, tuning in tunings.items():
@@ -59,7 +60,7 @@ def parameter_groups(model: Model, optimizer: Optimizer, tunings: Mapping[str, T
         raise ValueError("every weight is frozen: nothing is left to train")
     return [
         {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay, "hidden": is_hidden}
-        for (lr, weight_decay, is_hidden), parameters in groups.items()
+        for (lr, weight_decay, is_hidden, _), parameters in groups.items()
     ]
 
 
@@ -94,7 +95,8 @@ def heeding_found_inf(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     def tensors() -> dict[tuple[int, str], Tensor]:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         named = {(id(p), name): state for p in trained for name, state in optimizer.state[p].items()}
-        return named | {(id(p), ""): p for p in trained}
+        named |= {(id(p), ""): p for p in trained}
+        return {key: distributed.local(tensor) for key, tensor in named.items()}
 
     def remember(*_: Any) -> None:
         if getattr(optimizer, "found_inf", None) is not None:

@@ -236,6 +236,9 @@ class Optimizer(Part):
     do, others do as `optim.heeding_found_inf` returns them.
     """
 
+    elementwise: ClassVar[bool] = True
+    """Whether the update of a number follows from its own gradients alone, so that ranks can share the work."""
+
     lr: float = Field(gt=0)
     """Peak learning rate."""
 

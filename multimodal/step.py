@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from multimodal import distributed
 from multimodal.batch import Batch, Features
 from multimodal.model import Model
 from multimodal.parts import Loss
+from multimodal.sharding import reduce_after_next_backward
 
 
 class Chunk(NamedTuple):
@@ -75,7 +76,8 @@ def training_step(
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = _grad_norm(trained, total)
     if max_grad_norm is not None:
-        clip_grads_with_norm_(trained, max_grad_norm, norm)
+        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        torch._foreach_mul_([distributed.local(p.grad) for p in trained if p.grad is not None], factor)
 
     means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))
     measured = dict(zip(scalars, means, strict=True))
@@ -148,6 +150,7 @@ def _meet_gradients(
     """The backward pass of a chunk from the gradients of its tower's `cached` features; how far its own are off."""
     if all(tensor.grad is None for tensor in cached.values()):
         return model.logit_scale.new_zeros(())  # the tower is frozen, or no loss reads it
+    reduce_after_next_backward(model.towers[chunk.tower], chunk.rows.stop == len(batch.indices))
     features = encode_chunk(model, batch, context, chunk)
     wanted = {k: x for k, x in features.items() if x.requires_grad and cached[k].grad is not None}
     if wanted:
@@ -192,4 +195,10 @@ def buffers_left_alone(model: nn.Module) -> Iterator[None]:
 
 def _grad_norm(parameters: list[torch.nn.Parameter], total: Tensor) -> Tensor:
     grads = [p.grad for p in parameters if p.grad is not None]
-    return get_total_norm(grads) if grads else total.new_zeros(())
+    parts = [distributed.local(grad) for grad in grads if distributed.is_sharded(grad)]
+    others = [grad for grad in grads if not distributed.is_sharded(grad)]
+    norm = get_total_norm(others) if others else total.new_zeros(())
+    if parts:
+        norms = distributed.gather(get_total_norm(parts)[None])
+        norm = torch.linalg.vector_norm(torch.cat([norms, norm[None]]))
+    return norm

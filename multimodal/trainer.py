@@ -44,6 +44,7 @@ from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo
+from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
 from multimodal.towers.batch_norm import check_batch_norms
 from multimodal.tracker import METRICS, SUMMARY, RunLog
@@ -216,7 +217,7 @@ class Trainer:
             while state.step < state.total_steps:
                 with self.clock.waiting():
                     batch = next(batches)
-                    batch = replace(batch, lengths=self.model.lengths(batch.inputs)).to(self.device)
+                    batch = replace(batch, lengths=self._lengths(batch)).to(self.device)
                 lr = self._set_lr()
                 measured = self._step(batch)
                 self.not_finite += 1 - measured["finite"]
@@ -256,6 +257,10 @@ class Trainer:
                 size,
                 (config.seed, state.step),
             )
+
+    def _lengths(self, batch: Batch) -> dict[str, Tensor]:
+        """None if weights are sharded: ranks gather them for every chunk of captions, and have not as many."""
+        return {} if is_sharded(self.model) else self.model.lengths(batch.inputs)
 
     def _set_lr(self) -> float:
         factor = self.config.schedule(self.state.step, self.warmup_steps, self.state.total_steps)
@@ -346,7 +351,8 @@ class Trainer:
                     values |= found[0]
                     reports |= found[1]
             except Exception:
-                self._save(best=False)  # what was trained is not lost
+                if not is_sharded(self.model):  # other ranks may be elsewhere, and it takes all of them to gather
+                    self._save(best=False)  # what was trained is not lost
                 raise
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -367,10 +373,11 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self._require_sound()
         with self.clock.paused():
+            files = checkpoint.whole_tensors(self.ema, self.optimizer)
             if self.log is not None:
                 self.state.log_bytes = self.log.flush()
                 text = run_folder.config_text(self.config)
-                checkpoint.save(self.folder, self.state, self.ema, self.optimizer, self.assembled.readers, text)
+                checkpoint.save(self.folder, self.state, files, self.assembled.readers, text)
                 if best:
                     checkpoint.mark_best(self.folder, self.state.step)
                 checkpoint.prune(self.folder, self.config.checkpoint.keep)

@@ -54,7 +54,8 @@ class Run:
 
         text = yaml.safe_dump(self.config.model_dump(mode="json"))
         state = TrainerState(**RUN, step=step, best=0.25, broken=3, log_bytes=77)
-        save(self.folder, state, self.ema, self.optimizer, self.assembled.readers, text)
+        files = checkpoint.whole_tensors(self.ema, self.optimizer)
+        save(self.folder, state, files, self.assembled.readers, text)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]

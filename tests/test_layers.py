@@ -18,7 +18,7 @@ LAYERS = (
     ("resolve",),
     ("parts",),
     FAMILIES,
-    ("config", "model", "optim", "optimizers", "encoder", "hardware"),
+    ("config", "model", "optim", "optimizers", "encoder", "hardware", "sharding"),
     ("ema", "step", "checkpoint", "tracker", "provenance", "interop"),
     ("assemble", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
     ("export",),

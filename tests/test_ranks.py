@@ -38,7 +38,7 @@ def _work(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     results[rank] = task(*arguments)
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def on_ranks(ranks: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:

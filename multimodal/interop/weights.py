@@ -273,7 +273,7 @@ def fit(model: Model, state: Mapping[str, Tensor], source: str) -> Report:
         )
     with torch.no_grad():
         for name, tensor in fitting.items():
-            own[name].copy_(tensor)
+            own[name].copy_(distributed.placed_as(own[name], tensor))
     return report
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from multimodal import distributed
 from multimodal.optim import Betas, heeding_found_inf
 from multimodal.parts import Optimizer
 
@@ -31,12 +32,13 @@ class _Lion(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            grads = [weight.grad for weight in weights]
-            for weight in weights:
+            trained = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in trained:
                 if not self.state[weight]:
                     self.state[weight]["exp_avg"] = torch.zeros_like(weight)
-            means = [self.state[weight]["exp_avg"] for weight in weights]
+            weights = [distributed.local(weight) for weight in trained]
+            grads = [distributed.local(weight.grad) for weight in trained]
+            means = [distributed.local(self.state[weight]["exp_avg"]) for weight in trained]
             if weights:  # torch's operations on lists want some
                 update = torch._foreach_lerp(means, grads, 1 - beta1)
                 torch._foreach_sign_(update)

@@ -1,6 +1,6 @@
 """Muon for the matrices of blocks and AdamW for the rest, behind one interface."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,8 +13,11 @@ class Muon(Optimizer):
     """Momentum made orthogonal, for the matrices of blocks (Jordan et al. 2024); all else is AdamW's.
 
     Embeddings, projections into the shared space, kernels of convolutions, gains, biases and scales are all else.
+    Needs whole matrices: not for sharded weights.
     Updates are scaled to the size of AdamW's (Liu et al. 2025), so that one rate and one weight decay serve both.
     """
+
+    elementwise: ClassVar[bool] = False
 
     momentum: float = Field(ge=0, lt=1)
     """Of the matrices' gradients."""
