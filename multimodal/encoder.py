@@ -52,7 +52,7 @@ class Encoder:
     def _encode(self, tower: str, inputs: Sequence[Any], broken: dict[int, str] | None) -> Tensor:
         bounds = [len(inputs) * r // distributed.world_size() for r in range(distributed.world_size() + 1)]
         mine = range(bounds[distributed.rank()], bounds[distributed.rank() + 1])
-        features = torch.full((len(mine), self.model.embed_dim), torch.nan)
+        features = torch.full((len(mine), self.model.embed_dim), torch.nan, dtype=torch.float32)
         device = self.model.logit_scale.device
         hide = True if distributed.rank() else None  # None hides it where there is no terminal
         with (

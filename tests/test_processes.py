@@ -146,9 +146,10 @@ def test_a_stop_signal_saves_and_exits_cleanly_and_the_same_command_goes_on(tmp_
     assert "is finished" in run(arguments)
 
 
-def test_two_ranks_follow_one_process_and_share_one_run_directory(tmp_path: Path) -> None:
-    run(command(tmp_path, "one"))
-    run(command(tmp_path, "two", ranks=2))
+@pytest.mark.parametrize("words", [[], ["sharding=full", "micro_batch_size=auto", "ema.decay=0.9"]])
+def test_two_ranks_follow_one_process_and_share_one_run_directory(tmp_path: Path, words: list[str]) -> None:
+    run(command(tmp_path, "one", *words))
+    run(command(tmp_path, "two", *words, ranks=2))
     one, two = computed(rows(tmp_path, "one")), computed(rows(tmp_path, "two"))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     losses = [[row["train/loss"] for row in log if "train/loss" in row] for log in (one, two)]
