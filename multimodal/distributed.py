@@ -9,12 +9,14 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import compress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -314,19 +316,23 @@ def largest(x: Tensor) -> Tensor:
 # --- tensors of which each rank has a part ---------------------------------------------------------------------------
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
     """Whether ranks hold parts of it."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # which takes seconds to import
+
     return isinstance(x, DTensor)
 
 
 def local(x: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, in the same memory; any other as it is."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x
+    return x.to_local().detach() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """All of a sharded tensor, which all ranks must ask for; any other as it is."""
-    return x.full_tensor().detach() if isinstance(x, DTensor) else x
+    return x.full_tensor().detach() if is_sharded(x) else x
 
 
 def placed_as(
@@ -334,8 +340,10 @@ def placed_as(
     x: Tensor,  # whole, and the same on all ranks
 ) -> Tensor:
     """The tensor, sharded as `like` is; nothing is sent."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 

@@ -135,7 +135,7 @@ def _compute(
     hide = True if rank else None  # None hides it where there is no terminal
     reader = assembled.readers[name]
     with (
-        gathered(tower),
+        gathered(model.towers[name]),
         tqdm(total=len(mine), desc=f"features of {name}", unit="", leave=False, disable=hide) as bar,
         closing(read_inputs(Inputs(source, reader.reads), reader, mine, BATCH, config.workers)) as batches,
     ):

@@ -6,15 +6,18 @@ Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Paral
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from multimodal import distributed
 from multimodal.model import Model
 from multimodal.parts import TowerModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard(model: Model, device: torch.device) -> None:
@@ -23,6 +26,9 @@ def shard(model: Model, device: torch.device) -> None:
     A block's weights are whole only while it computes, a tower's other weights while the tower does; blocks are moved
     one by one. Scales, which have no dimension to cut along, stay whole everywhere, and so do buffers.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # these take seconds to import
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = {p for p in model.parameters() if p.ndim == 0}
     for parameter in model.parameters():
@@ -59,21 +65,25 @@ def _outermost(module: nn.Module, known: set[int], count: int) -> nn.Module | No
     return next((found for found in inner if found is not None), None)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> "TypeGuard[FSDPModule]":
     """Whether ranks hold parts of its weights."""
-    return isinstance(model, FSDPModule)
+    if not distributed.started():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
 
 
 def reduce_after_next_backward(tower: nn.Module, reduce: bool) -> None:
     """Whether the next backward pass ends in averages over ranks, or its gradients are kept whole, to be added to."""
-    if isinstance(tower, FSDPModule):
+    if is_sharded(tower):
         tower.set_requires_gradient_sync(reduce)
 
 
 @contextmanager
 def gathered(tower: nn.Module) -> Iterator[None]:
     """A sharded tower's weights are whole inside, so that each rank may encode as many batches as it has."""
-    modules = [module for module in tower.modules() if isinstance(module, FSDPModule)]
+    modules = [module for module in tower.modules() if is_sharded(module)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
