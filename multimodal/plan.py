@@ -56,9 +56,6 @@ class PlanConfig(TrainConfig):
     """The share of the hardware's peak that a step reaches, with all FLOPs counted that it computes."""
     memory_share: float = Field(gt=0, le=1)
     """The share of a device's memory that tensors may fill."""
-    sharding: Literal["none", "full"]
-    """Whether every rank holds all weights, gradients and optimizer state, or its share of them and two blocks. The
-    trainer does not shard yet."""
     samples_per_epoch: int | None = Field(gt=0)
     """Size of the data, where `duration` is in epochs."""
     out: str | None = Field(min_length=1)
