@@ -130,7 +130,7 @@ def test_each_rule_has_a_test_that_it_fires(tiny_raw: dict[str, Any], monkeypatc
     found = problems(raw)
     assert found.keys() == {*RULES, "global_batch_size"}
     assert "16 is not divisible by the 3 ranks" in found["global_batch_size"]
-    elsewhere = {"_evaluations_find_their_towers", "_kept_features_stay_the_same"}
+    elsewhere = {"_evaluations_find_their_towers", "_kept_features_stay_the_same", "_shards_suffice"}
     assert len(found) + len(elsewhere) == len(TrainConfig.rules)
 
 
@@ -259,6 +259,7 @@ OPERATIONAL: dict[str, tuple[str, object]] = {
     "duration": ("duration", "9steps"),
     "device": ("device", "auto"),
     "micro_batch_size": ("micro_batch_size", 4),
+    "sharding": ("sharding", "full"),
     "workers": ("workers", 3),
     "max_broken": ("max_broken", 0.5),
     "evals": ("evals", {"other": {"_target_": "multimodal.evals.retrieval.Retrieval"}}),
