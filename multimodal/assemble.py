@@ -216,6 +216,7 @@ def _has_learnt(checkpoint_folder: Path | None, tower: str) -> bool:
 def load(folder: Path, weights: Weights = "raw", **changes: Any) -> tuple[TrainConfig, Assembled]:
     """The configuration and the model, whole, of a checkpoint's folder; `changes` replace operational settings."""
     raw = checkpoint.load_config(folder)
+    checkpoint.verify(folder, unread={checkpoint.OPTIMIZER})
     config = check({**raw, "sharding": "none", **changes}, TrainConfig)
     assembled = assemble(config, None, folder)
     checkpoint.load_model(folder, assembled.model, weights)

@@ -52,7 +52,7 @@ class Batch:
     """By name of a tower that reads padded inputs: int64 [b] on the CPU, how much of each one matters."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Its tensors on the device; the indices stay, for messages. From pinned memory nothing waits for that."""
+        """On the device; lengths stay. From pinned memory nothing waits for that."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -61,7 +61,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         inputs, pooled, ids = ({k: change(x) for k, x in kind.items()} for kind in (self.inputs, self.pooled, self.ids))
-        return replace(self, inputs=inputs, pooled=pooled, ids=ids)
+        return replace(self, inputs=inputs, indices=change(self.indices), pooled=pooled, ids=ids)
 
 
 @dataclass(frozen=True)

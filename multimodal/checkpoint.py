@@ -1,14 +1,14 @@
 """Save, find and load checkpoints: atomic to write, safe to open (safetensors and JSON, no pickle).
 
 `checkpoints/step-00000500/` holds `model.safetensors`, the running mean of the weights in `ema.safetensors` if there is
-one, `optimizer.safetensors`, `state.json`, `config.yaml` and what preprocessors have learnt; `checkpoints/best` points
-to the best of them.
+one, `optimizer.safetensors`, `state.json`, `config.yaml`, what preprocessors have learnt, and the checksums of them all
+in `SHA256SUMS`; `checkpoints/best` points to the best of them.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from multimodal import distributed
-from multimodal.config import Weights
+from multimodal import checksums, distributed
+from multimodal.config import DamagedCheckpoint, Weights
 from multimodal.data.loader import Reader
 from multimodal.ema import Ema
 from multimodal.model import Model
 
 FOLDER, BEST = "checkpoints", "best"
+REPLACED = ".replaced-"
+"""Begins the name of a checkpoint while another one of its step takes its place."""
 Shape = tuple[int, ...]
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FILES: dict[Weights, str] = {"raw": WEIGHTS, "ema": "ema.safetensors"}
 UNSOUND = (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError)
 """What reading a safetensors file that is none ends in."""
+UNWRITTEN = (OSError, SafetensorError)
+"""What writing ends in where it cannot be done."""
 RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
 """Endings of files that may hold code."""
 
@@ -59,6 +63,8 @@ class TrainerState(BaseModel):
     """Captions cut to fit the context so far."""
     log_bytes: int = 0
     """Length of metrics.jsonl; what is behind it belongs to steps that will be taken again."""
+    checksums: bool = False
+    """Whether they were written beside it, which older versions did not do."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -93,7 +99,7 @@ def whole_tensors(ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, dict[
     One after the other, and onto the CPU: a device never holds more than one whole tensor.
     """
     files = {FILES[kind]: tensors for kind, tensors in ema.state_dicts().items()}
-    files["optimizer.safetensors"] = _optimizer_tensors(ema.model, optimizer)
+    files[OPTIMIZER] = _optimizer_tensors(ema.model, optimizer)
     return {file: dict(_whole(tensors)) for file, tensors in files.items()}
 
 
@@ -119,7 +125,7 @@ def save(
     partial = target.with_name(f".partial-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "state.json").write_text(state.model_dump_json(indent=2))
+    (partial / "state.json").write_text(state.model_copy(update={"checksums": True}).model_dump_json(indent=2))
     (partial / "config.yaml").write_text(config)
     for name, tensors in files.items():
         file = partial / name
@@ -128,12 +134,15 @@ def save(
     for tower, reader in readers.items():
         (partial / tower).mkdir()
         reader.preprocessor.save(partial / tower)
+    checksums.write(partial)
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
+    replaced = target.with_name(f"{REPLACED}{target.name}")
     if target.exists():
-        _remove(target)
+        target.rename(replaced)
     partial.rename(target)
     _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def mark_best(run: Path, step: int) -> None:
@@ -161,12 +170,44 @@ def _remove(folder: Path) -> None:
 
 
 def clean(run: Path) -> None:
-    """Delete what a kill in the middle of saving or deleting has left."""
+    """Delete what a kill in the middle of saving or deleting has left, and take back what was not replaced yet."""
+    for path in (run / FOLDER).glob(f"{REPLACED}*"):
+        target = path.with_name(path.name.removeprefix(REPLACED))
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(target)
     for path in (run / FOLDER).glob(".partial-*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename checkpoints behind the step that the run continues from: they are damaged, and not deleted."""
+    for later in (later for later in steps(run) if later > step):
+        damaged = run / FOLDER / f"damaged-{step_folder(run, later).name}"
+        shutil.rmtree(damaged, ignore_errors=True)
+        step_folder(run, later).rename(damaged)
+
+
+def verify(folder: Path, unread: Collection[str] = ()) -> None:
+    """DamagedCheckpoint, naming the file, if one was cut, changed or lost since it was saved; `unread` ones may be."""
+    if (folder / checksums.NAME).exists() or _is_sealed(folder):
+        told = checksums.damage(folder, unread)
+        if told is not None:
+            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {told}")
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether there should be checksums."""
+    try:
+        return load_state(folder).checksums
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: state.json cannot be read") from None
 
 
 def load_state(folder: Path) -> TrainerState:
@@ -259,7 +300,7 @@ def load_optimizer(folder: Path, model: Model, optimizer: torch.optim.Optimizer)
     places = {name: place for place, name in enumerate(_parameter_names(model, optimizer))}
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(folder / "optimizer.safetensors").items():
+    for key, tensor in load_tensors(folder / OPTIMIZER).items():
         name, _, entry = key.rpartition("/")
         if tensor.shape == parameters[name].shape:  # in the weights' own memory format, which fused kernels rely on
             like = torch.empty_like(parameters[name], dtype=tensor.dtype)

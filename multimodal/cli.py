@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from multimodal import distributed
-from multimodal.config import ConfigError, RunError
+from multimodal.config import ConfigError, DamagedCheckpoint, RunError
 from multimodal.interop import config_source
 from multimodal.parts import BadSample
 from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced, did_you_mean
@@ -69,7 +69,7 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
     try:
         task()
-    except (ConfigError, RunError, BadSample) as error:
+    except (ConfigError, DamagedCheckpoint, RunError, BadSample) as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(str(ConfigError([_retell(str(error))])))

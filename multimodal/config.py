@@ -25,7 +25,7 @@ from multimodal.parts import (
     Tracker,
     did_you_mean,
 )
-from multimodal.units import Cadence, Duration, Warmup
+from multimodal.units import Cadence, Duration, Timeout, Warmup
 
 MISSING = "???"
 
@@ -37,6 +37,10 @@ EVAL: dict[Weights, str] = {"raw": "eval", "ema": "eval_ema"}
 
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its user can mend."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's files are not those that were written."""
 
 
 class ConfigError(ValueError):
@@ -251,6 +255,8 @@ class TrainConfig(Config):
     """auto takes a GPU if there is one."""
     workers: Operational[int] = Field(ge=0)
     """Processes that read data, on each rank; 0 reads in the training process."""
+    timeout: Operational[Timeout] = Timeout.parse("30minutes")
+    """How long a rank waits for the others, or for a process that reads data, before the run ends."""
     max_broken: Operational[float] = Field(ge=0, le=1)
     """The run stops when more than this share of its samples was broken."""
     model: ModelSection

@@ -6,8 +6,10 @@ loss may be computed in full on every rank or only for the rank's own rows: the 
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -24,6 +26,10 @@ BUCKET = 32 * 2**20
 """Bytes of gradients that are reduced together: few messages, and no second copy of all of them."""
 PRETENDED = "fake"
 """Torch's backend of ranks that are not there; what comes from them has shapes, and no meaning."""
+TIMEOUT = 1800.0
+"""Seconds that a rank waits for the others."""
+LAST_WORDS = 10.0
+"""Seconds within which ranks that wait for a lost one all notice it, one by the other."""
 
 
 def rank() -> int:
@@ -36,12 +42,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, timeout: float = TIMEOUT) -> None:
     """Join the other ranks, if a launcher started several."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
 def started() -> bool:
@@ -68,6 +75,33 @@ def pretended(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def lost_ranks(error: Exception) -> str | None:
+    """Tell the other ranks why this one ends; if it is because one of them is lost, which one it was.
+
+    Nothing is sent while all is well: a rank that ends leaves a word in the store that the group met in, and one that
+    has left none was killed, or hangs.
+    """
+    if not dist.is_initialized():
+        return None
+    waited = "gloo/" in str(error) or isinstance(error, dist.DistBackendError)
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(timedelta(seconds=LAST_WORDS))
+    words = [f"last words of {number}" for number in range(world_size())]
+    try:
+        store.set(words[rank()], "" if waited else f"{type(error).__name__}: {error}")
+        if not waited:
+            return None
+        patience = time.monotonic() + LAST_WORDS
+        while time.monotonic() < patience and not store.check(words):
+            time.sleep(0.1)
+        said = {number: store.get(key).decode() for number, key in enumerate(words) if store.check([key])}
+    except dist.DistError:
+        return "the rank that the others meet at (rank 0, or the launcher) was killed or hangs" if waited else None
+    silent = [f"rank {number} was killed or hangs" for number in range(world_size()) if number not in said]
+    failed = [f"rank {number} ended with {text}" for number, text in said.items() if text]
+    return "; ".join(failed or silent) or None
 
 
 def on_first_rank(function: Callable[[], T]) -> T:

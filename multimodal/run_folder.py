@@ -1,15 +1,18 @@
 """A run's directory: what it holds decides where a command continues, and whether it may."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from multimodal import checkpoint, provenance
-from multimodal.config import ConfigError, TrainConfig, changed_identity
+from multimodal import checkpoint, provenance, run_lock
+from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity
 from multimodal.files import write_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, DIFF = "config.yaml", "environment.json", "uncommitted.diff"
 
@@ -18,15 +21,38 @@ def find_last(config: TrainConfig) -> Path | None:
     """The checkpoint to continue from, if there is one; ConfigError if it is of another experiment. Only reads."""
     folder = config.folder
     if config.run.fresh:
-        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        if _holds_something(folder) and not (folder / CONFIG).exists():
             raise ConfigError([("run.fresh", f"{folder} does not look like a run: it is left as it is")])
         return None
     if not checkpoint.steps(folder):
         return None
-    last = checkpoint.find(folder)
+    last = _newest_sound(folder)
     if changed := changed_identity(checkpoint.load_config(last), config):
         refuse(config, changed)
     return last
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and any(path.name != run_lock.NAME for path in folder.iterdir())
+
+
+def _newest_sound(folder: Path) -> Path:
+    """The newest checkpoint that is as it was written; RunError if none is."""
+    damaged: list[str] = []
+    for step in reversed(checkpoint.steps(folder)):
+        found = checkpoint.step_folder(folder, step)
+        try:
+            checkpoint.verify(found)
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
+            continue
+        for told in damaged:
+            logger.warning("%s: the run goes back to step %d", told, step)
+        return found
+    raise RunError(
+        "no checkpoint of the run is sound, and nothing was deleted; run.fresh=true starts over\n  "
+        + "\n  ".join(damaged)
+    )
 
 
 def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
@@ -35,13 +61,12 @@ def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
     raise ConfigError([*changed, hint], f"way of resuming {config.folder}: it was computed with other values")
 
 
-def prepare(config: TrainConfig) -> dict[str, Any]:
-    """Make the folder ready for a start, emptied if that is asked for; what was written down about this start."""
+def prepare(config: TrainConfig, step: int) -> dict[str, Any]:
+    """Make the folder ready for a start after this step, emptied if asked to; what was written down about the start."""
     folder = config.folder
-    if config.run.fresh and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean(folder)
+    if config.run.fresh:
+        _empty(folder)
+    checkpoint.set_aside(folder, step)
     (folder / CONFIG).write_text(config_text(config))
     facts = provenance.facts()
     environment = folder / ENVIRONMENT
@@ -49,6 +74,14 @@ def prepare(config: TrainConfig) -> dict[str, Any]:
     write_json(environment, [*starts, facts])
     (folder / DIFF).write_text(provenance.uncommitted())
     return facts
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != run_lock.NAME:
+            path.unlink()
 
 
 def config_text(config: TrainConfig) -> str:

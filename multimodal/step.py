@@ -47,7 +47,8 @@ def training_step(
 ) -> dict[str, Tensor]:
     """Update the model by one batch; returns scalars on the device, so that nothing waits for it.
 
-    A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0. On several
+    A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0, and
+    "finite_rows" [b] says whose features were. On several
     ranks the gradient of a feature sums what every rank's loss makes of it; parameters average theirs over ranks.
     With micro-batches "replay_error" is how far features of the second pass are from those of the first, as a share
     of the largest: 0, unless a tower draws random numbers that no seed of torch's is for. More than `replay_tolerance`
@@ -90,7 +91,8 @@ def training_step(
     model.clamp_logit_scale()
 
     scale = model.logit_scale.detach().exp()
-    return {**measured, **replayed, "finite": finite, "logit_scale": scale, "grad_norm": norm, **norms}
+    told = {**measured, **replayed, "finite": finite, "finite_rows": _finite_rows(features)}
+    return {**told, "logit_scale": scale, "grad_norm": norm, **norms}
 
 
 def _chunks(model: Model, rows: int, size: int, seed: tuple[int, int]) -> Iterator[Chunk]:
@@ -132,6 +134,11 @@ def _features(model: Model, batch: Batch, context: torch.autocast, chunks: list[
         tower: {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in named.items()}
         for tower, named in parts.items()
     }
+
+
+def _finite_rows(features: Mapping[str, Mapping[str, Tensor]]) -> Tensor:  # [b] bool
+    rows = [x.detach().isfinite().flatten(1).all(1) for named in features.values() for x in named.values()]
+    return torch.stack(rows).all(0)
 
 
 def objective(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
+from multimodal.config import RunError
 from multimodal.files import to_json, write_json
 from multimodal.parts import Mirror, RunInfo, Tracker
 
@@ -39,14 +40,18 @@ class RunLog:
 
     @property
     def rows(self) -> list[Row]:
-        """All rows so far."""
-        return [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+        """All rows so far; one that could not be written to its end is none."""
+        lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """One row: the step, the samples seen by then, and flat metric keys."""
         row = {"step": step, "samples": samples, **values}
-        self.file.write(to_json(row).encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.write(to_json(row).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunError(f"{self.folder / METRICS} cannot be written: {error.strerror}") from error
         with self._unless_it_fails():
             if self.mirror is not None:
                 self.mirror.log(step, row)
@@ -78,7 +83,11 @@ class RunLog:
 
     def close(self, exit_code: int) -> None:
         """Finish the file and the mirror."""
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError:  # what could not be written once is tried again
+            if exit_code == 0:
+                raise
         with self._unless_it_fails():
             if self.mirror is not None:
                 self.mirror.finish(exit_code)

@@ -32,7 +32,7 @@ from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
 from multimodal.config import RunError, TrainConfig
-from multimodal.data.loader import training_batches
+from multimodal.data.loader import lost_worker, training_batches
 from multimodal.data.order import Batches
 from multimodal.ema import Ema
 from multimodal.evals import figures
@@ -42,8 +42,10 @@ from multimodal.interop.weights import checkpoint_of, initialise
 from multimodal.kept_features import check_kept_features, keep_features
 from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
+from multimodal.not_finite import NotFinite
 from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo
+from multimodal.run_lock import RunLock
 from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
 from multimodal.towers.batch_norm import check_batch_norms
@@ -68,45 +70,54 @@ class Trainer:
         self.folder = config.folder
         self.device = device_of(config.device)
         self.first = distributed.rank() == 0
-        self.log: RunLog | None = None  # on the first rank, once it trains
+        self.lock: RunLock | None = None  # on the first rank, as is the log
+        self.log: RunLog | None = None  # once it trains
         self.initialised: Initialised | None = None  # what became of init.weights, in a new run
         self.clock = Clock()
         self.last_save = time.monotonic()
         self.stop_signal: float | None = None  # when it came
-        self.not_finite = torch.zeros((), device=self.device)
+        self.not_finite = NotFinite(config.global_batch_size // distributed.world_size(), self.device)
         self.replay_error = torch.zeros((), device=self.device)  # the largest so far
         self.micro_batch_size = config.micro_batch_size
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to a stop signal; the summary. Returns at once if the run is finished."""
-        distributed.start(self.device)
+        distributed.start(self.device, self.config.timeout.seconds)
         try:
-            self._assemble(distributed.on_first_rank(lambda: run_folder.find_last(self.config)))
+            with self._losses_are_explained():
+                self._assemble(distributed.on_first_rank(self._open_folder))
             if self.state.step >= self.state.total_steps:
                 return distributed.on_first_rank(self._already_finished)
             return self._train()
         finally:
+            if self.lock is not None:
+                self.lock.release()
             distributed.stop()
 
     def _train(self) -> dict[str, Any]:
         exit_code = 1
         try:
-            distributed.on_first_rank(self._open_log)
-            self.kept = keep_features(self.config, self.assembled, self.source)
-            with self._stop_on_signal(), closing(self._batches()) as batches:
-                self._loop(batches)
+            with self._losses_are_explained():
+                distributed.on_first_rank(self._open_log)
+                self.kept = keep_features(self.config, self.assembled, self.source)
+                with self._stop_on_signal(), closing(self._batches()) as batches:
+                    self._loop(batches)
             exit_code = 0
             status = "finished" if self.state.step == self.state.total_steps else "stopped"
             return distributed.on_first_rank(lambda: self._summarise(status))
         except BaseException:
-            if self.log is not None:
-                self._summarise("failed")
+            self._note_failure()
             raise
         finally:
             if self.log is not None:
                 self.log.close(exit_code)
 
     # --- before -----------------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> Path | None:
+        self.lock = RunLock(self.folder)
+        checkpoint.clean(self.folder)
+        return run_folder.find_last(self.config)
 
     def _assemble(self, last: Path | None) -> None:
         """Build everything, as it stands in the `last` checkpoint."""
@@ -161,7 +172,10 @@ class Trainer:
         order = Batches(
             state.num_samples, config.seed, config.global_batch_size, *ranks, start=state.step, stop=state.total_steps
         )
-        return training_batches(self.source, self.assembled.readers, order, config.seed, config.workers, self.kept)
+        timeout = config.timeout.seconds
+        return training_batches(
+            self.source, self.assembled.readers, order, config.seed, config.workers, self.kept, timeout
+        )
 
     def _continued(self, old: TrainerState) -> TrainerState:
         """The stored state under this configuration; refused where the rest would be computed otherwise."""
@@ -181,7 +195,7 @@ class Trainer:
         return old.model_copy(update=update)
 
     def _open_log(self) -> None:
-        facts = run_folder.prepare(self.config)
+        facts = run_folder.prepare(self.config, self.state.step)
         if self.state.best_step in checkpoint.steps(self.folder):
             checkpoint.mark_best(self.folder, self.state.best_step)  # a kill may have come before it
         self.log = RunLog(self.folder, self.state.log_bytes)
@@ -220,10 +234,10 @@ class Trainer:
                     batch = replace(batch, lengths=self._lengths(batch)).to(self.device)
                 lr = self._set_lr()
                 measured = self._step(batch)
-                self.not_finite += 1 - measured["finite"]
                 self.replay_error = torch.maximum(self.replay_error, measured.get("replay_error", self.replay_error))
-                self.ema.update(measured["finite"])
                 state.step += 1
+                self.not_finite.note(state.step, batch, measured["finite"], measured.pop("finite_rows"))
+                self.ema.update(measured["finite"])
                 self.clock.steps += 1
                 bar.update()
 
@@ -301,11 +315,12 @@ class Trainer:
                 "its gradients would be wrong; the last checkpoint is from before. Random numbers of a tower should "
                 "come from torch's generators; or micro_batch_size=null"
             )
-        if self.not_finite:
-            count, step = int(self.not_finite), self.state.step
+        if self.not_finite.count:
+            count, step = int(self.not_finite.count), self.state.step
             raise RunError(
-                f"the loss or a gradient was not finite in {count} of the steps up to {step}; the last checkpoint is "
-                "from before. A lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
+                f"the loss or a gradient was not finite in {count} of the steps up to {step}; "
+                f"{self.not_finite.report(self.source, self.folder)}. The last checkpoint is from before. If it is not "
+                "for these samples, a lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
             )
 
     def _log_training(self, measured: dict[str, Tensor], lr: float, bar: Any) -> None:
@@ -351,8 +366,8 @@ class Trainer:
                     values |= found[0]
                     reports |= found[1]
             except Exception:
-                if not is_sharded(self.model):  # other ranks may be elsewhere, and it takes all of them to gather
-                    self._save(best=False)  # what was trained is not lost
+                if self.log is not None and not is_sharded(self.model):  # to gather takes all ranks
+                    self._write_checkpoint(checkpoint.whole_tensors(self.ema, self.optimizer), best=False)
                 raise
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -374,14 +389,29 @@ class Trainer:
         self._require_sound()
         with self.clock.paused():
             files = checkpoint.whole_tensors(self.ema, self.optimizer)
-            if self.log is not None:
-                self.state.log_bytes = self.log.flush()
-                text = run_folder.config_text(self.config)
-                checkpoint.save(self.folder, self.state, files, self.assembled.readers, text)
-                if best:
-                    checkpoint.mark_best(self.folder, self.state.step)
-                checkpoint.prune(self.folder, self.config.checkpoint.keep)
+            distributed.on_first_rank(lambda: self._write_checkpoint(files, best))
         self.last_save = time.monotonic()
+
+    def _write_checkpoint(self, files: dict[str, dict[str, Tensor]], best: bool) -> None:
+        assert self.log is not None
+        text = run_folder.config_text(self.config)
+        try:
+            self.state.log_bytes = self.log.flush()
+            checkpoint.save(self.folder, self.state, files, self.assembled.readers, text)
+            if best:
+                checkpoint.mark_best(self.folder, self.state.step)
+            checkpoint.prune(self.folder, self.config.checkpoint.keep)
+        except checkpoint.UNWRITTEN as error:
+            checkpoint.clean(self.folder)
+            told = f"the checkpoint of step {self.state.step} cannot be written to {self.folder}: {error}"
+            raise RunError(f"{told}. Those from before stay as they are, and the same command continues") from error
+
+    def _note_failure(self) -> None:
+        if self.log is not None:
+            try:
+                self._summarise("failed")
+            except OSError as error:  # a full disk: why the run ended matters more
+                logger.warning("%s cannot be written: %s", self.folder / SUMMARY, error)
 
     def _summarise(self, status: str) -> dict[str, Any]:
         assert self.log is not None
@@ -401,6 +431,20 @@ class Trainer:
         hide = None if self.first else True  # None hides it where there is no terminal
         name, done = self.config.run.name, self.state.step
         return tqdm(total=self.state.total_steps, initial=done, desc=name, unit="step", disable=hide)
+
+    @contextmanager
+    def _losses_are_explained(self) -> Iterator[None]:
+        """Turn what torch says of a lost rank or data worker into a RunError that names it, and tell other ranks."""
+        try:
+            yield
+        except Exception as error:
+            told = lost_worker(error)
+            lost = distributed.lost_ranks(error if told is None else RunError(told))
+            if lost is not None:
+                told = f"{lost}; ranks wait for each other as long as timeout={self.config.timeout} says"
+            if told is None:
+                raise
+            raise RunError(f"{told}. The same command continues from the last checkpoint") from error
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

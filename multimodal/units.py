@@ -77,6 +77,28 @@ class Warmup(Duration):
 
 
 @dataclass(frozen=True)
+class Timeout(Duration):
+    """How long to wait, by the clock."""
+
+    @classmethod
+    def units(cls) -> tuple[str, ...]:
+        return ("seconds", "minutes", "hours")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "30minutes"."""
+        timeout = super().parse(text)
+        if timeout.value == 0:
+            raise ValueError(f"should be more than 0, got '{text}'")
+        return timeout
+
+    @property
+    def seconds(self) -> float:
+        """In seconds."""
+        return self.amount * {"seconds": 1, "minutes": 60, "hours": 3600}[self.unit]
+
+
+@dataclass(frozen=True)
 class Cadence(Duration):
     """How often: every so many steps, epochs or samples, or minutes of wall time; `never` for only at the end."""
 

@@ -3,6 +3,8 @@
 import os
 import shutil
 import stat
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,11 @@ from conftest import TinyConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multimodal import checkpoint
+from multimodal import checkpoint, checksums
 from multimodal.assemble import assemble, load
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState, find, mark_best, prune, save, step_folder, steps
-from multimodal.config import TrainConfig
+from multimodal.config import DamagedCheckpoint, TrainConfig
 from multimodal.ema import Ema
 from multimodal.files import write_json
 from multimodal.model import Model
@@ -88,7 +90,8 @@ def test_what_is_loaded_is_what_was_saved_to_the_last_bit(
     checkpoint.load_optimizer(folder, other.model, other.optimizer)
     assert_equal(other.tensors(), run.tensors())
     assert len(run.optimizer.state) == len(list(run.model.parameters()))
-    assert checkpoint.load_state(folder) == TrainerState(**RUN, step=5, best=0.25, broken=3, log_bytes=77)
+    stored = TrainerState(**RUN, step=5, best=0.25, broken=3, log_bytes=77, checksums=True)
+    assert checkpoint.load_state(folder) == stored
     run.train()
     other.train()
     assert_equal(other.tensors(), run.tensors())
@@ -133,6 +136,7 @@ def test_a_mean_that_was_not_kept_or_does_not_fit_is_refused(run: Run, tiny_conf
     with pytest.raises(ValueError, match="weights should be raw or ema, got 'mean'"):
         load(find(run.folder), "mean")  # type: ignore[arg-type]
     save_file({"x": torch.zeros(1)}, find(run.folder) / "ema.safetensors")
+    checksums.write(find(run.folder))
     with pytest.raises(ValueError, match=r"ema\.safetensors does not hold the weights of its config.yaml"):
         load(find(run.folder), "ema")
 
@@ -147,7 +151,97 @@ def test_a_weight_too_many_or_too_few_is_refused(run: Run, tiny_config: TinyConf
 def test_nothing_in_a_checkpoint_is_a_pickle(run: Run) -> None:
     run.save(1)
     kinds = {path.suffix for path in find(run.folder).rglob("*") if path.is_file()}
-    assert kinds == {".safetensors", ".json", ".yaml"}
+    assert kinds == {".safetensors", ".json", ".yaml", ""}
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+FILES = [
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.yaml",
+    "text/tokenizer.json",
+    "SHA256SUMS",
+]
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_a_file_that_was_cut_changed_or_lost_is_found_and_named(
+    tiny_config: TinyConfig, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    run = Run(tiny_config("ema.decay=0.5"), tmp_path / "run")
+    run.save(1)
+    checkpoint.verify(find(run.folder))
+    for file in FILES:
+        folder = shutil.copytree(find(run.folder), tmp_path / file.replace("/", "-"))
+        harm(folder / file)
+        named = "" if file == "SHA256SUMS" else file
+        with pytest.raises(DamagedCheckpoint, match=rf"{folder} is damaged: .*{named}"):
+            checkpoint.verify(folder)
+        if file == "optimizer.safetensors":  # which is for training only
+            load(folder)
+        elif file != "SHA256SUMS":
+            with pytest.raises((ValueError, FileNotFoundError), match=str(folder)):
+                load(folder)
+
+
+def test_a_file_that_was_not_written_is_found_and_hidden_ones_are_nobodys_business(run: Run) -> None:
+    run.save(1)
+    (find(run.folder) / ".nfs0001").touch()
+    checkpoint.verify(find(run.folder))
+    (find(run.folder) / "ema.safetensors").touch()
+    with pytest.raises(DamagedCheckpoint, match=r"ema\.safetensors is not in SHA256SUMS"):
+        checkpoint.verify(find(run.folder))
+
+
+def test_the_checksums_are_those_of_sha256sum(run: Run) -> None:
+    run.save(1)
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    said = subprocess.run(command, cwd=find(run.folder), capture_output=True, text=True, check=True).stdout
+    assert said.count(": OK") == len([path for path in find(run.folder).rglob("*") if path.is_file()]) - 1
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_opened(run: Run) -> None:
+    run.save(1)
+    folder = find(run.folder)
+    write_json(folder / "state.json", {**RUN, "step": 1})
+    (folder / "SHA256SUMS").unlink()
+    checkpoint.verify(folder)
+    load(folder)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_crash_while_a_step_is_saved_again_loses_neither(
+    run: Run, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    run.save(1)
+    rename, calls = Path.rename, []
+
+    def crash(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(1)
+    checkpoint.clean(run.folder)
+    checkpoint.verify(find(run.folder))
+    assert [path.name for path in (run.folder / checkpoint.FOLDER).iterdir()] == ["step-00000001"]
+    run.save(1)
+    assert [path.name for path in (run.folder / checkpoint.FOLDER).iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "copymode"])

@@ -261,6 +261,7 @@ OPERATIONAL: dict[str, tuple[str, object]] = {
     "micro_batch_size": ("micro_batch_size", 4),
     "sharding": ("sharding", "full"),
     "workers": ("workers", 3),
+    "timeout": ("timeout", "5minutes"),
     "max_broken": ("max_broken", 0.5),
     "evals": ("evals", {"other": {"_target_": "multimodal.evals.retrieval.Retrieval"}}),
     "checkpoint": ("checkpoint.keep", 7),

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Vocabulary
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModel
 
-from multimodal import assemble, checkpoint
+from multimodal import assemble, checkpoint, checksums
 from multimodal.config import TrainConfig, check
 from multimodal.towers import hf_network
 from multimodal.trainer import Trainer
@@ -74,6 +74,13 @@ def lying_header(change: Callable[[dict[str, Any]], None]) -> Damage:
         file.write_bytes(struct.pack("<Q", len(told)) + told + data[8 + length :])
 
     return damage
+
+
+def ten_gigabytes(header: dict[str, Any]) -> None:
+    """A claim that agrees with itself, and not with the file's few kilobytes."""
+    del header[next(key for key in header if key != "__metadata__")]
+    end = max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
+    header["towers.image.projection.weight"] = {"dtype": "U8", "shape": [10**10], "data_offsets": [end, end + 10**10]}
 
 
 def first(header: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +185,7 @@ ATTACKS: dict[str, tuple[Damage, str]] = {
     "no mapping": (lambda folder: (folder / "config.yaml").write_text("- 1") and None, "holds no mapping"),
     "grown tensor": (lying_header(grow), "not a sound safetensors file"),
     "overlap": (lying_header(overlap), "not a sound safetensors file"),
+    "ten gigabytes": (lying_header(ten_gigabytes), "not a sound safetensors file"),
     "huge header": (huge_header, "not a sound safetensors file"),
     "huge space": (replaced("model.embed_dim", 10**12), "does not hold the weights of its config"),
     "huger space": (replaced("model.embed_dim", 10**30), "no model that can be built"),
@@ -225,6 +233,7 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_of_it_runs(
 ) -> None:
     damage, message = ATTACKS[attack]
     damage(stranger)
+    checksums.write(stranger)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "system", lambda _: pytest.fail("ran a command"))
     before = set(sys.modules)
@@ -256,6 +265,7 @@ def borrowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = check(composed(*small, *image, *text, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
     Trainer(config).run()
     replaced("towers.image.pretrained", True)(checkpoint.find(config.folder))
+    checksums.write(checkpoint.find(config.folder))
     shutil.rmtree(place)
     return config.folder
 
@@ -289,6 +299,7 @@ BORROWED: dict[str, tuple[Damage, str]] = {
 def test_what_towers_of_others_are_told_is_refused_and_nothing_fetched(lent: Path, attack: str) -> None:
     damage, message = BORROWED[attack]
     damage(lent)
+    checksums.write(lent)
     with pytest.raises(ValueError, match=message):
         assemble.load(lent)
 
@@ -304,6 +315,14 @@ def test_the_hub_is_closed_while_a_checkpoint_is_opened(lent: Path, monkeypatch:
     with pytest.raises(ValueError, match="offline: True"):
         assemble.load(lent)
     assert not constants.is_offline_mode()
+
+
+def test_no_file_is_opened_because_the_checksums_name_it(stranger: Path, opened: list[str]) -> None:
+    with (stranger / checksums.NAME).open("a") as file:
+        file.write(f"{'0' * 64}  ../../../../../../../../etc/hostname\n")
+    with pytest.raises(ValueError, match="etc/hostname is missing"):
+        assemble.load(stranger)
+    assert not any(name.endswith("hostname") for name in opened)
 
 
 def test_best_does_not_lead_out_of_the_run(stranger: Path, tmp_path: Path) -> None:

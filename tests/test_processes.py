@@ -66,9 +66,9 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), text=True, start_new_session=True, **pipes)
 
 
-def run(arguments: list[str]) -> str:
+def run(arguments: list[str], seconds: float = 280) -> str:
     process = start(arguments)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
 

@@ -1,9 +1,11 @@
 """The laws of runs: a run stopped and run again is the run that was never stopped."""
 
+import errno
 import json
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import multimodal
-from multimodal import checkpoint, trainer
+from multimodal import checkpoint, checksums, trainer
 from multimodal.batch import Features, Sample
 from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import ConfigError, RunError, TrainConfig, Weights
+from multimodal.data.order import Batches
 from multimodal.data.shapes import Shapes
 from multimodal.losses.infonce import InfoNCE
 from multimodal.parts import BadSample, Dataset, Eval, Report, Source
@@ -235,6 +238,53 @@ def test_two_runs_of_the_same_configuration_are_equal_and_another_seed_is_not(ti
     assert rows(one)[0]["train/loss"] != rows(other)[0]["train/loss"]
 
 
+def spoil(config: TrainConfig, step: int, file: str = "optimizer.safetensors") -> None:
+    (checkpoint.step_folder(config.folder, step) / file).write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_words_and_the_run_is_the_same(
+    tiny_config: TinyConfig, interrupt: Interrupt, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = with_checkpoint(named(tiny_config(), "whole"), every=Cadence.parse("2steps"), keep=9)
+    parted = with_checkpoint(named(whole, "parted"), keep=1)
+    Trainer(whole).run()
+    interrupt(8, crash)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(with_checkpoint(parted, keep=9)).run()
+    assert steps(parted.folder) == [2, 4, 6]
+    spoil(parted, 6)
+    spoil(parted, 4, "state.json")
+    Trainer(parted).run()
+    told = [line for line in caplog.messages if "goes back to step 2" in line]
+    assert ["step-00000006" in told[0] and "optimizer.safetensors" in told[0], "state.json" in told[1]] == [True, True]
+    assert_same_run(parted, whole)
+    left = sorted(path.name for path in (parted.folder / "checkpoints").iterdir())
+    assert left == ["damaged-step-00000004", "damaged-step-00000006", "step-00000008"]
+
+
+def test_where_no_checkpoint_is_sound_the_run_ends_and_nothing_is_deleted(
+    tiny_config: TinyConfig, interrupt: Interrupt
+) -> None:
+    config = with_checkpoint(tiny_config(), every=Cadence.parse("2steps"), keep=9)
+    interrupt(5, crash)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config).run()
+    for step in (2, 4):
+        spoil(config, step)
+    before = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"no checkpoint of the run is sound(.|\n)*step-00000004(.|\n)*step-00000002"):
+        Trainer(config).run()
+    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_no_start_for_another_run(tiny_config: TinyConfig) -> None:
+    first = named(tiny_config("duration=1steps"), "first")
+    Trainer(first).run()
+    spoil(first, 1, "model.safetensors")
+    with pytest.raises(ConfigError, match=r"init\.weights: .*step-00000001 is damaged: model\.safetensors"):
+        Trainer(tiny_config("init.weights=first")).run()
+
+
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +436,7 @@ def test_the_mean_is_evaluated_beside_the_weights_and_kept_with_them(tiny_config
     stored = find(config.folder) / "config.yaml"
     elsewhere = {"evals": {}, "checkpoint": plain.checkpoint.model_dump(mode="json")}  # a part of no package
     stored.write_text(yaml.safe_dump({**yaml.safe_load(stored.read_text()), **elsewhere}))
+    checksums.write(stored.parent)
     kinds: tuple[Weights, ...] = ("raw", "ema")
     for kind, wanted in zip(kinds, both[-1], strict=True):
         model = multimodal.load(config.folder, weights=kind)
@@ -433,6 +484,7 @@ def test_another_decay_is_refused_and_a_run_from_before_there_was_one_goes_on(ti
     raw = yaml.safe_load(stored.read_text())
     del raw["ema"]
     stored.write_text(yaml.safe_dump(raw))
+    checksums.write(stored.parent)
     multimodal.load(config.folder)
     assert Trainer(tiny_config("duration=2steps")).run()["step"] == 2
 
@@ -500,6 +552,62 @@ def test_a_run_that_diverges_stops_and_says_so(tiny_config: TinyConfig) -> None:
         Trainer(config).run()
     assert json.loads((config.folder / "summary.json").read_text())["status"] == "failed"
     assert steps(config.folder) == []
+
+
+def test_the_samples_of_the_first_step_that_was_not_finite_are_named_and_the_checkpoint_before_it_stays(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_checkpoint(tiny_config("log.every=4steps"), every=Cadence.parse("2steps"))
+    source, original = config.dataset.build(Path()), trainer.training_step
+    expected: list[str] = []
+
+    def step(*arguments: Any) -> dict[str, Tensor]:
+        """Spoil a token that some of the third batch's captions have, and some have not."""
+        model, batch, (_, number) = arguments[0], arguments[3], arguments[7]
+        if number == 2:
+            count = Counter(token for row in batch.inputs["text"].tolist() for token in set(row))
+            token = next(token for token, rows in count.most_common() if 2 <= rows <= 6)
+            rows = (batch.inputs["text"] == token).any(1)
+            expected.extend(source.key(index) for index in batch.indices[rows].tolist())
+            model.towers["text"].net.token_embedding.weight.data[token] = torch.nan
+        return original(*arguments)
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    with pytest.raises(RunError, match="first of them is step 3: features that are not finite are those of") as caught:
+        Trainer(config).run()
+    assert len(expected) > 1
+    assert f"those of {', '.join(expected)} ({config.folder / 'not_finite.json'})" in str(caught.value)
+    assert json.loads((config.folder / "not_finite.json").read_text()) == {"step": 3, "samples": expected}
+    assert steps(config.folder) == [2]
+    checkpoint.verify(find(config.folder))
+
+
+def test_where_all_features_are_finite_the_whole_batch_is_named(tiny_config: TinyConfig) -> None:
+    losses: Mapping[str, Any] = {"infonce": Exploding()}
+    config = tiny_config("log.every=4steps").model_copy(update={"loss": losses})
+    with pytest.raises(RunError, match=r"is step 1: all features were finite; its samples are .* and 8 more"):
+        Trainer(config).run()
+    (positions,) = Batches(64, config.seed, 16, 0, 1, start=0, stop=1)
+    named = json.loads((config.folder / "not_finite.json").read_text())["samples"]
+    source = config.dataset.build(Path())
+    assert named == [source.key(index) for _, index in positions]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_words_and_the_ones_before_stay(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_checkpoint(tiny_config(), every=Cadence.parse("2steps"), keep=9)
+    original = checkpoint.save_file
+
+    def full(tensors: dict[str, Tensor], file: Path) -> None:
+        if "00000006" in str(file) and file.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match=rf"step 6 cannot be written to {config.folder}: .*No space left on device"):
+        Trainer(config).run()
+    assert [path.name[-2:] for path in sorted((config.folder / "checkpoints").iterdir())] == ["02", "04"]
 
 
 def test_fewer_samples_than_a_batch_are_refused_before_the_start(tiny_config: TinyConfig) -> None:

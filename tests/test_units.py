@@ -2,7 +2,7 @@
 
 import pytest
 
-from multimodal.units import Cadence, Duration, Warmup
+from multimodal.units import Cadence, Duration, Timeout, Warmup
 
 BATCH, EPOCH = 100, 40
 
@@ -49,6 +49,14 @@ def test_only_its_own_kind_knows_a_unit(kind: type[Duration], text: str) -> None
     for other in {Duration, Warmup, Cadence} - {kind}:
         with pytest.raises(ValueError, match="should be a number with a unit"):
             other.parse(text)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30minutes", 1800), ("1.5hours", 5400), ("20 seconds", 20)])
+def test_a_timeout_is_by_the_clock(text: str, seconds: float) -> None:
+    assert Timeout.parse(text).seconds == seconds
+    for other in ("5steps", "never", "0minutes"):
+        with pytest.raises(ValueError, match="should be"):
+            Timeout.parse(other)
 
 
 def test_a_share_of_warm_up_is_of_the_whole_run() -> None:

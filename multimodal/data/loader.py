@@ -1,5 +1,7 @@
 """From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
 
+import multiprocessing
+import re
 import signal
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -106,9 +108,11 @@ def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:
     """What a loader gives; its workers have ended when this has, also by an exception or by `close`.
 
     They do not heed stop signals, so a process could not end before them. Torch ends them when the loader's iterator
-    is deleted, and the frames that an exception's traceback holds would put that off.
+    is deleted, and the frames that an exception's traceback holds would put that off. A worker that hangs is killed.
     """
+    before = set(multiprocessing.active_children())
     batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
     try:
         yield from batches
     except BaseException as error:
@@ -117,6 +121,17 @@ def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:
         raise
     finally:
         del batches
+        for worker in workers:
+            worker.kill()
+
+
+def lost_worker(error: Exception) -> str | None:
+    """What an exception of torch's says of a process that reads data and was killed, or hangs; None if of none."""
+    if match := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)[. ]*$", str(error)):
+        return f"a process that reads data (pid {match[1]}) {match[2]}; perhaps there was too little memory for it"
+    if match := re.match(r"DataLoader timed out after (.*) seconds", str(error)):
+        return f"the processes that read data gave none for {match[1]} seconds"
+    return None
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -129,6 +144,7 @@ def training_batches(
     seed: int,
     workers: int,
     kept: Mapping[str, Kept] = MappingProxyType({}),
+    timeout: float = 0,  # seconds that a batch may take to come from the workers; 0 for any
 ) -> Generator[Batch, None, None]:
     """The batches of `order`; the same ones whatever the number of workers. Of `kept` towers no inputs are read.
 
@@ -141,6 +157,7 @@ def training_batches(
         collate_fn=_collate,
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),
+        timeout=timeout if workers else 0,
         generator=torch.Generator(),  # not the global one, whose state belongs to the step
     )
     return _batches_of(loader)

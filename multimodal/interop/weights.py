@@ -142,7 +142,10 @@ def checkpoint_of(source: str, runs: Path) -> Path | None:
         return None
     path = locate(source, runs)
     folder = checkpoint.find(path) if path.is_dir() and checkpoint.steps(path) else path
-    return folder if (folder / "state.json").is_file() else None
+    if not (folder / "state.json").is_file():
+        return None
+    checkpoint.verify(folder, unread={checkpoint.OPTIMIZER})
+    return folder
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

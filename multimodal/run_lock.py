@@ -1,0 +1,71 @@
+"""One process trains a run: a lock on its folder, which the kernel releases when the process ends, however it ends."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from multimodal.config import ConfigError, RunError
+
+logger = logging.getLogger(__name__)
+
+NAME = ".lock"
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What file systems say that keep none, as Lustre may."""
+
+
+class RunLock:
+    """Held from when it is made until `release`.
+
+    It is the process's own (`lockf`): workers that outlive a killed run for some seconds do not hold it, and it works
+    between the machines of a network file system.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = self._open()
+        except OSError as error:
+            raise ConfigError([("paths.runs", f"{folder} cannot be written: {error.strerror}")]) from None
+        os.truncate(self.descriptor, 0)
+        os.write(self.descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+
+    def _open(self) -> int:
+        while True:
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_in_place(descriptor):
+                    return descriptor
+            except (BlockingIOError, PermissionError):  # what a lock that is held raises depends on the system
+                holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "which has just started"
+                os.close(descriptor)
+                raise RunError(
+                    f"another process trains the run {self.file.parent} ({holder}): wait for it or stop it, or give "
+                    "this run another run.name"
+                ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning("%s cannot be locked (%s): a second process would not be noticed", self.file, error)
+                return descriptor
+            os.close(descriptor)
+
+    def _is_in_place(self, descriptor: int) -> bool:
+        """Whether this is the file that others lock, and not one that its holder has removed meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), self.file.stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let others have the run; a folder with nothing else in it goes too."""
+        self.file.unlink(missing_ok=True)
+        os.close(self.descriptor)
+        with suppress(OSError):
+            self.file.parent.rmdir()
