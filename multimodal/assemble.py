@@ -56,6 +56,13 @@ def device_of(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def be_deterministic(wanted: bool) -> None:
+    """Whether torch takes only what gives the same bits every time, for all that follows in this process."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
+    torch.use_deterministic_algorithms(wanted)
+
+
 def native_precision(device: torch.device) -> str:
     """ "bf16" where the hardware multiplies it, else "fp32"."""
     if device.type == "cuda":

@@ -253,6 +253,12 @@ class TrainConfig(Config):
     """bf16 runs the towers under autocast; auto takes it where the hardware has it. Losses have one of their own."""
     device: Operational[Literal["auto", "cpu", "cuda"]]
     """auto takes a GPU if there is one."""
+    compile: Operational[bool] = False
+    """Compile the towers (torch.compile): a minute at the start, and again for other shapes."""
+    deterministic: Operational[bool] = False
+    """Take only algorithms that give the same bits every time; on a CPU, with as many threads, all do."""
+    profile: Operational[bool] = False
+    """Say where the time of a step goes, and keep a trace of some, in profile/ of the run's folder."""
     workers: Operational[int] = Field(ge=0)
     """Processes that read data, on each rank; 0 reads in the training process."""
     timeout: Operational[Timeout] = Timeout.parse("30minutes")

@@ -24,6 +24,7 @@ from multimodal import distributed
 from multimodal.batch import Batch, Features
 from multimodal.model import Model
 from multimodal.parts import Loss
+from multimodal.profiling import span
 from multimodal.sharding import reduce_after_next_backward
 
 
@@ -48,8 +49,8 @@ def training_step(
     """Update the model by one batch; returns scalars on the device, so that nothing waits for it.
 
     A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0, and
-    "finite_rows" [b] says whose features were. On several
-    ranks the gradient of a feature sums what every rank's loss makes of it; parameters average theirs over ranks.
+    "finite_rows" [b] says whose features were. On several ranks the gradient of a feature sums what every rank's loss
+    makes of it; parameters average theirs over ranks.
     With micro-batches "replay_error" is how far features of the second pass are from those of the first, as a share
     of the largest: 0, unless a tower draws random numbers that no seed of torch's is for. More than `replay_tolerance`
     is wrong and leaves weights as they were, too.
@@ -57,38 +58,40 @@ def training_step(
     rows = len(batch.indices)
     whole = micro_batch_size is None or micro_batch_size >= rows
     chunks = list(_chunks(model, rows, rows if micro_batch_size is None else micro_batch_size, seed))
-    with torch.set_grad_enabled(whole):
+    with span("towers"), torch.set_grad_enabled(whole):
         features = _features(model, batch, context, chunks)
     if not whole:
         for tower, tensors in features.items():
             for tensor in tensors.values():
                 tensor.requires_grad_(_is_trained(model, tower))
-    total, terms = objective(model, losses, batch, features)
+    with span("loss"):
+        total, terms = objective(model, losses, batch, features)
     scalars = {"loss": total, **({f"loss/{name}": term for name, term in terms.items()} if len(terms) > 1 else {})}
     replayed = {}
-    with buffers_left_alone(model), attention(context):
+    with span("backward"), buffers_left_alone(model), attention(context):
         total.backward()  # type: ignore[no-untyped-call]
         if not whole:
             errors = [_meet_gradients(model, batch, context, chunk, features[chunk.tower]) for chunk in chunks]
             replayed = {"replay_error": distributed.largest(torch.stack(errors).amax())}
-    distributed.average_gradients(model.parameters())
+    with span("gradients"):
+        distributed.average_gradients(model.parameters())
+        norms = {f"grad_norm/{tower}": _grad_norm(model.tower_parameters(tower), total) for tower in model.towers}
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = _grad_norm(trained, total)
+        if max_grad_norm is not None:
+            factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+            torch._foreach_mul_([distributed.local(p.grad) for p in trained if p.grad is not None], factor)
+        means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))
 
-    norms = {f"grad_norm/{tower}": _grad_norm(model.tower_parameters(tower), total) for tower in model.towers}
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = _grad_norm(trained, total)
-    if max_grad_norm is not None:
-        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
-        torch._foreach_mul_([distributed.local(p.grad) for p in trained if p.grad is not None], factor)
-
-    means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))
     measured = dict(zip(scalars, means, strict=True))
     loss = measured["loss"]
     finite = (loss.isfinite() & norm.isfinite()).float()
     sound = finite * (replayed["replay_error"] <= replay_tolerance(context)).float() if replayed else finite
     optimizer.found_inf = 1 - sound  # type: ignore[attr-defined]  # torch's fused optimizers skip the update where it is 1
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    model.clamp_logit_scale()
+    with span("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.clamp_logit_scale()
 
     scale = model.logit_scale.detach().exp()
     told = {**measured, **replayed, "finite": finite, "finite_rows": _finite_rows(features)}

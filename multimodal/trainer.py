@@ -21,6 +21,7 @@ from multimodal import checkpoint, distributed, run_folder
 from multimodal.assemble import (
     Problems,
     assemble,
+    be_deterministic,
     count_steps,
     device_of,
     evaluate,
@@ -31,6 +32,7 @@ from multimodal.assemble import (
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
+from multimodal.compiling import compile_towers, graph_breaks
 from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import lost_worker, training_batches
 from multimodal.data.order import Batches
@@ -45,6 +47,7 @@ from multimodal.memory import check_micro_batches, kept_micro_batch, running_out
 from multimodal.not_finite import NotFinite
 from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo
+from multimodal.profiling import profiled, span
 from multimodal.run_lock import RunLock
 from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
@@ -69,6 +72,7 @@ class Trainer:
         self.config = config
         self.folder = config.folder
         self.device = device_of(config.device)
+        be_deterministic(config.deterministic)
         self.first = distributed.rank() == 0
         self.lock: RunLock | None = None  # on the first rank, as is the log
         self.log: RunLog | None = None  # once it trains
@@ -138,6 +142,8 @@ class Trainer:
             problems.report()
         self.assembled = assemble(config, source, last, started_from)
         self.model = self.assembled.model
+        if config.compile:
+            compile_towers(self.model)
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
         with problems.at("micro_batch_size"):
             check_micro_batches(self.model, config)
@@ -227,9 +233,10 @@ class Trainer:
         config, state = self.config, self.state
         self.model.train()
         self.clock, self.last_save = Clock(), time.monotonic()
-        with self._progress() as bar:
+        wanted = config.profile and self.first
+        with self._progress() as bar, profiled(wanted, self.folder, self.device) as profile:
             while state.step < state.total_steps:
-                with self.clock.waiting():
+                with span("data"), self.clock.waiting():
                     batch = next(batches)
                     batch = replace(batch, lengths=self._lengths(batch)).to(self.device)
                 lr = self._set_lr()
@@ -237,20 +244,24 @@ class Trainer:
                 self.replay_error = torch.maximum(self.replay_error, measured.get("replay_error", self.replay_error))
                 state.step += 1
                 self.not_finite.note(state.step, batch, measured["finite"], measured.pop("finite_rows"))
-                self.ema.update(measured["finite"])
+                with span("ema"):
+                    self.ema.update(measured["finite"])
                 self.clock.steps += 1
                 bar.update()
 
-                stopping, save_is_due = self._vote(batch)
+                with span("vote"):
+                    stopping, save_is_due = self._vote(batch)
                 last = state.step == state.total_steps
                 if last or self._due(config.log.every):
-                    measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
-                    self._log_training(measured, lr, bar)
+                    with span("log"):
+                        measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
+                        self._log_training(measured, lr, bar)
                 if stopping:
                     self._save(best=False)  # before evaluating, which may take longer than one is given
                 improved = self._evaluate(everything=last)
                 if last or improved or (save_is_due and not stopping):
                     self._save(improved)
+                profile.step()
                 if stopping and not last:
                     logger.info("stopped by a signal after step %d; the same command continues", state.step)
                     return
@@ -335,6 +346,8 @@ class Trainer:
             "train/samples_per_s": clock.steps * self.config.global_batch_size / clock.seconds,
             "train/data_wait": clock.waited / clock.seconds,
         }
+        if self.config.compile:
+            values["train/graph_breaks"] = graph_breaks()
         self._write(values)
         loss, rate = values["train/loss"], values["train/samples_per_s"]
         bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{rate:.0f}")
@@ -387,7 +400,7 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         self._require_sound()
-        with self.clock.paused():
+        with span("save"), self.clock.paused():
             files = checkpoint.whole_tensors(self.ema, self.optimizer)
             distributed.on_first_rank(lambda: self._write_checkpoint(files, best))
         self.last_save = time.monotonic()

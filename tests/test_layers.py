@@ -14,13 +14,24 @@ import multimodal
 ROOT = Path(multimodal.__file__).parent
 FAMILIES = ("towers", "losses", "data", "evals")
 LAYERS = (
-    ("batch", "clock", "distributed", "files", "lengths", "offline", "units"),
+    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "units"),
     ("resolve",),
     ("parts",),
     FAMILIES,
-    ("config", "model", "optim", "optimizers", "encoder", "hardware", "sharding"),
+    (
+        "config",
+        "model",
+        "optim",
+        "optimizers",
+        "encoder",
+        "hardware",
+        "not_finite",
+        "profiling",
+        "run_lock",
+        "sharding",
+    ),
     ("ema", "step", "checkpoint", "tracker", "provenance", "interop"),
-    ("assemble", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
+    ("assemble", "compiling", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
     ("export",),
     ("dry_run", "kept_features", "plan", "trainer"),
     ("api", "cli"),
