@@ -86,7 +86,7 @@ def step(
     max_grad_norm: float | None = None,
 ) -> dict[str, float]:
     measured = training_step(model, losses, optimizer, data, FP32, max_grad_norm, None, (0, 0))
-    return {name: float(value) for name, value in measured.items()}
+    return {name: float(value) for name, value in measured.items() if value.ndim == 0}
 
 
 def by_hand(model: Model, optimizer: torch.optim.Optimizer, data: Batch, max_grad_norm: float | None) -> float:
