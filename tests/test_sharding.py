@@ -346,9 +346,12 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_with_or_without_sharding(tmp
 def test_every_block_of_a_tower_is_found(layers: int, pool: str) -> None:
     tower = VIT.model_copy(update={"layers": layers, "pool": pool})
     built = tower.build(tower.preprocessor(list, Keep(), None), SECTION.embed_dim)
-    assert list(_blocks(built)) == list(built.net.transformer.resblocks)
-    built.net.transformer.resblocks = nn.Sequential(*built.net.transformer.resblocks)
-    assert list(_blocks(built)) == list(built.net.transformer.resblocks)
+    for container in (nn.ModuleList, lambda blocks: nn.Sequential(*blocks)):  # may be iterated rather than called
+        built.net.transformer.resblocks = container(list(built.net.transformer.resblocks))
+        found = list(_blocks(built))
+        assert not any(isinstance(module, nn.ModuleList | nn.Sequential) for module in found)
+        for module, block in zip(found, built.net.transformer.resblocks, strict=True):
+            assert [id(p) for p in module.parameters()] == [id(p) for p in block.parameters()]
 
 
 def test_sharding_may_change_when_a_run_goes_on_and_old_runs_had_none(tiny_raw: dict[str, Any]) -> None:
