@@ -64,6 +64,7 @@ def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
 def prepare(config: TrainConfig, step: int) -> dict[str, Any]:
     """Make the folder ready for a start after this step, emptied if asked to; what was written down about the start."""
     folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
     if config.run.fresh:
         _empty(folder)
     checkpoint.set_aside(folder, step)
