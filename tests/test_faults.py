@@ -216,16 +216,6 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_words_and_the_same_command
     assert process.returncode == 0, output
 
 
-def test_a_data_worker_that_hangs_is_not_waited_for_longer_than_said(tmp_path: Path) -> None:
-    process = start(command(tmp_path, "one", "workers=1", "timeout=5seconds", "duration=3000steps"))
-    wait_for_step(tmp_path, "one", 10, process)
-    (worker,) = children(process.pid)
-    os.kill(worker, signal.SIGSTOP)
-    output = end(process, 60)
-    assert "the processes that read data gave none for 5.0 seconds" in output
-    assert not is_alive(worker)
-
-
 def test_where_wandb_dies_training_goes_on_and_the_log_is_complete(tmp_path: Path) -> None:
     arguments = [word for word in command(tmp_path, "one", "workers=0") if word != "tracker=none"]
     process = start([*arguments, "tracker=wandb", "tracker.mode=offline"])
