@@ -78,7 +78,7 @@ def training_step(
         norms = {f"grad_norm/{tower}": _grad_norm(model.tower_parameters(tower), total) for tower in model.towers}
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = _grad_norm(trained, total)
-        if max_grad_norm is not None:
+        if max_grad_norm is not None and trained:
             factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
             torch._foreach_mul_([distributed.local(p.grad) for p in trained if p.grad is not None], factor)
         means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))

@@ -13,13 +13,13 @@ from test_one_token import CONTEXT, END, KNOBS, PAD, TEXTS, captions, made, text
 from torch import Tensor
 
 from multimodal import lengths, memory
-from multimodal.batch import Batch
+from multimodal.batch import Batch, Features
 from multimodal.config import ModelSection
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.lengths import OVERHEAD, by_length, chunks
 from multimodal.model import Model
-from multimodal.parts import TowerModule
+from multimodal.parts import Loss, TowerModule
 from multimodal.towers.text import TextPreprocessor
 from multimodal.towers.text_transformer import TextTransformerEncoder
 from multimodal.trainer import Trainer
@@ -191,6 +191,16 @@ def test_a_run_trains_and_evaluates_without_padding(tiny_config: TinyConfig, see
     assert all(length < context for _, length in seen)
 
 
+class Free(Loss):
+    """Takes no memory."""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"text_features"})
+
+    def __call__(self, features: Features) -> Tensor:
+        return features.tensors["text_features"].sum()
+
+
 def test_the_micro_batch_that_fits_has_room_for_captions_that_fill_the_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -202,14 +212,13 @@ def test_the_micro_batch_that_fits_has_room_for_captions_that_fill_the_context(
     found = []
     for free in (1e6, 2e6, 1e8):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: int(free))
-        found.append([memory.micro_batch_that_fits(one, batch, FP32) for batch in (short, full)])
+        found.append([memory.micro_batch_that_fits(one, {"none": Free()}, batch, FP32) for batch in (short, full)])
     assert all(of_short == of_full for of_short, of_full in found)
     assert found[0] != found[-1]
 
 
 def test_a_micro_batch_is_found_in_bf16_with_checkpointed_blocks() -> None:
     one = model(text(grad_checkpointing=True)).float().train()
-    found = memory.micro_batch_that_fits(
-        one, Batch({"text": captions()}, torch.arange(6)), torch.autocast("cpu", torch.bfloat16)
-    )
+    data, context = Batch({"text": captions()}, torch.arange(6)), torch.autocast("cpu", torch.bfloat16)
+    found = memory.micro_batch_that_fits(one, {"none": Free()}, data, context)
     assert found == 6

@@ -65,7 +65,7 @@ def test_parameters_and_full_form_are_those_that_open_clip_publishes(
 def test_training_is_one_forward_and_two_backward_products_but_for_the_first_layer() -> None:
     one = planner()
     forward = sum(size.forward_flops for size in one.towers().values())
-    assert 2.8 * forward < one.training_flops() - one._loss.flops / one.rows <= 3 * forward
+    assert 2.4 * forward < one.training_flops() - one._loss.flops / one.rows <= 3 * forward
 
 
 def test_micro_batches_cost_a_second_forward_pass() -> None:
@@ -149,8 +149,9 @@ def test_checkpointed_blocks_take_less_than_half() -> None:
 
 
 def test_activations_are_linear_in_the_rows_of_a_rank() -> None:
-    few, more, most = (planner(f"global_batch_size={rows}").memory(None) for rows in (256, 512, 1024))
-    assert most.peak - more.peak == pytest.approx(2 * (more.peak - few.peak), rel=0.05)
+    found = (planner(f"global_batch_size={rows}").memory(None) for rows in (256, 512, 1024))
+    few, more, most = (memory.peak - memory.loss for memory in found)  # small batches keep their logits
+    assert most - more == pytest.approx(2 * (more - few), rel=0.05)
 
 
 def test_a_rank_of_several_has_its_own_rows_and_sums_gradients_once() -> None:
@@ -175,15 +176,15 @@ def test_norms_are_in_float32_under_autocast_of_a_gpu() -> None:
 
 
 def test_the_largest_micro_batch_fits_and_twice_as_many_do_not() -> None:
-    at_32 = planner("global_batch_size=512", "micro_batch_size=32").memory(32).peak
-    memory = f"hardware.memory_gb={1.01 * at_32 / 1e9 / 0.9}"
+    at_128 = planner("global_batch_size=512", "micro_batch_size=128").memory(128).peak
+    memory = f"hardware.memory_gb={1.01 * at_128 / 1e9 / 0.9}"
     one = planner("global_batch_size=512", memory)
     assert not one.fits(one.memory(None))
-    assert one.largest_micro_batch() == 32
-    assert one.fits(one.memory(32))
-    assert not one.fits(one.memory(64))
-    assert "micro_batch_size=32" in list(one.helps())
-    assert planner("global_batch_size=512", memory, "micro_batch_size=auto").micro_batch_size == 32
+    assert one.largest_micro_batch() == 128
+    assert one.fits(one.memory(128))
+    assert not one.fits(one.memory(256))
+    assert "micro_batch_size=128" in list(one.helps())
+    assert planner("global_batch_size=512", memory, "micro_batch_size=auto").micro_batch_size == 128
 
 
 def test_what_is_said_to_help_does() -> None:
