@@ -174,3 +174,27 @@ def test_samples_without_captions_are_all_different() -> None:
     for batch in read(Numbers()):
         assert len(set(batch.ids["caption"].tolist())) == BATCH
         assert "label" not in batch.ids
+
+
+class HalfLabelled(Words):
+    """Some samples have a class."""
+
+    def label(self, index: int) -> int | None:  # type: ignore[override]
+        return index % 2 or None
+
+
+def test_samples_of_which_some_have_no_class_are_refused_by_number() -> None:
+    order = Batches(SAMPLES, 1, SAMPLES, 0, 1, 0, 1)
+    with pytest.raises(BadSample, match=r"a class, or none: sample \d+ has caption.*, sample \d+ has caption"):
+        list(training_batches(HalfLabelled(), {"text": Reader("text", Letters())}, order, 1, 0))
+
+
+def test_all_tensors_of_a_batch_are_pinned_and_go_to_the_device_but_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2)
+    batch = Batch({"image": x}, x, {"caption": x}, pooled={"text": x}, lengths={"image": x})
+    meta = torch.device("meta")
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor.to(meta))
+    for moved in (batch.to(meta), batch.pin_memory()):
+        given = (moved.inputs["image"], moved.indices, moved.ids["caption"], moved.pooled["text"])
+        assert all(tensor.device == meta for tensor in given)
+        assert moved.lengths["image"] is x

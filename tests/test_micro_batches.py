@@ -26,7 +26,7 @@ from multimodal.losses.sigmoid import Sigmoid, sigmoid_loss
 from multimodal.model import Model
 from multimodal.parts import Loss, TowerModule
 from multimodal.step import _random_seed, replay_tolerance, training_step
-from multimodal.towers.batch_norm import trained_batch_norms
+from multimodal.towers.batch_norm import check_batch_norms, trained_batch_norms
 from multimodal.towers.byte_bpe import ByteBPE
 from multimodal.towers.text import TextPreprocessor
 from multimodal.towers.text_transformer import TextTransformer
@@ -418,6 +418,17 @@ def test_batch_norm_and_micro_batches_are_refused_before_the_start(start: Any, t
     config = check(composed(*base, *image, "micro_batch_size=4", f"paths.runs={tmp_path}"), TrainConfig)
     with pytest.raises(ConfigError, match=r"micro_batch_size: the statistics of a batch norm"):
         start(config)
+
+
+def test_a_batch_norm_over_the_rows_of_one_rank_is_refused_on_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(norm=True)
+    check_batch_norms(one)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"towers\.image\.net\.1 is a batch norm over the rows of one rank"):
+        check_batch_norms(one)
+    check_batch_norms(model())
+    frozen_tower(one, batch())
+    check_batch_norms(one)
 
 
 @pytest.mark.parametrize("value", [0, -3, True, "many", 1.5])
