@@ -46,7 +46,7 @@ def training_step(
     micro_batch_size: int | None,  # rows that a tower keeps the activations of; None for all of them
     seed: tuple[int, int],  # of the run, and the step
 ) -> dict[str, Tensor]:
-    """Update the model by one batch; returns scalars on the device, so that nothing waits for it.
+    """Update the model by one batch; returns what was measured, on the device, so that nothing waits for it.
 
     A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0, and
     "finite_rows" [b] says whose features were. On several ranks the gradient of a feature sums what every rank's loss
