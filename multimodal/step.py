@@ -12,6 +12,7 @@ Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limi
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -188,7 +189,7 @@ def attention(context: torch.autocast) -> AbstractContextManager[None]:
 
 
 def _is_on(context: torch.autocast) -> bool:
-    with context:
+    with copy(context):  # one that is entered twice does not find its way back
         return torch.is_autocast_enabled(context.device)
 
 

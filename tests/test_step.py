@@ -265,6 +265,7 @@ def test_features_and_loss_are_float32_where_towers_run_in_bf16() -> None:
 
     data = Batch({name: x.float() for name, x in batch().inputs.items()}, batch().indices)
     measured = training_step(model, {"a": Looks()}, adamw(model), data, BF16, 1.0, None, (0, 0))
+    assert not torch.is_autocast_enabled("cpu"), "it ends with the towers"
     assert seen == [torch.float32] * 2
     assert measured["loss"].dtype == torch.float32
 
