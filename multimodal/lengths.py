@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-OVERHEAD = 512
+OVERHEAD = 128
 """What a chunk costs beside its tokens, as so many tokens."""
 
 
