@@ -142,7 +142,8 @@ def _losses_find_their_towers(config: "TrainConfig") -> Findings:
         provided.add("logit_bias")
     for name, loss in config.loss.items():
         if missing := sorted(loss.needs() - provided):
-            yield f"loss.{name}", f"needs {', '.join(missing)}; the model gives {', '.join(sorted(provided))}"
+            bias = " (model.logit_bias=-10 is SigLIP's)" if "logit_bias" in missing else ""
+            yield f"loss.{name}", f"needs {', '.join(missing)}{bias}; there are {', '.join(sorted(provided))}"
 
 
 def _warmup_fits(config: "TrainConfig") -> Findings:

@@ -93,8 +93,8 @@ def check_micro_batches(model: Model, config: TrainConfig) -> None:
     size, rows = config.micro_batch_size, config.global_batch_size // distributed.world_size()
     if isinstance(size, int) and size < rows and trained_batch_norms(model):
         raise ValueError(
-            "the statistics of a batch norm are those of the whole batch, which micro-batches do not see: null, a "
-            "tower without batch norm, or one that is frozen"
+            "the statistics of a batch norm are those of the whole batch, which micro-batches do not see. It should be "
+            "null, or the tower one without batch norm (tower@towers.image=vit_tiny), or frozen"
         )
 
 

@@ -99,7 +99,7 @@ def test_the_default_configuration_passes(compose: Compose) -> None:
 
 
 RULES = {
-    "loss.infonce": ("loss.infonce.pair", ["image", "audio"], "needs audio_features; the model gives"),
+    "loss.infonce": ("loss.infonce.pair", ["image", "audio"], "needs audio_features; there are"),
     "warmup": ("warmup", "9steps", "9steps is longer than duration=8steps"),
     "duration": ("duration", "0steps", "trains nothing"),
     "checkpoint.best": ("checkpoint.best", "eval/shapes/top1", "is not a metric of an evaluation. There are: none"),
