@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ def profiled(
     if not wanted:
         yield _NoProfile()
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it calls it an error that there is no GPU
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     when = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
     with profile(activities=activities, schedule=when, on_trace_ready=lambda p: _tell(p, folder / "profile")) as found:
