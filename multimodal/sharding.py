@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""Modules whose parts are called without them."""
+
+
 def shard(model: Model, device: torch.device) -> None:
     """Leave this rank its part of every weight, on the device; before the optimizer is made, for weights are replaced.
 
@@ -54,11 +58,16 @@ def _blocks(tower: TowerModule) -> Iterator[nn.Module]:
 
 
 def _outermost(module: nn.Module, known: set[int], count: int) -> nn.Module | None:
-    """The outermost module of more than `count` parameters, all of them `known`; no container, which nobody calls."""
+    """The outermost module of more than `count` parameters, all of them `known`; no container, which nobody calls.
+
+    Neither one around a single container, as that of blocks is in a network of one block.
+    """
     parameters = list(module.parameters())
     if sum(p.numel() for p in parameters) <= count:
         return None
-    container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    parts = [child for child in module.children() if next(child.parameters(), None) is not None]
+    own = next(module.parameters(recurse=False), None)
+    container = isinstance(module, CONTAINERS) or (own is None and len(parts) == 1 and isinstance(parts[0], CONTAINERS))
     if not container and all(id(p) in known for p in parameters):
         return module
     inner = (_outermost(child, known, count) for child in module.children())

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from conftest import TINY, TinyConfig, composed
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from test_micro_batches import InfoNCEInTiles
 from test_ranks import IMAGE, SECTION, mine, on_ranks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,7 +127,7 @@ class Run:
             size = self.case.micro_batch_size
             found = training_step(self.model, losses, self.optimizer, batch, self.case.context, 0.5, size, (0, step))
             self.ema.update(found["finite"])
-            measured.append({name: float(value) for name, value in found.items()})
+            measured.append({name: float(value) for name, value in found.items() if name != "finite_rows"})
         states = [x for state in self.optimizer.state.values() for x in state.values() if x.ndim]
         tensors = [*self.model.parameters(), *self.ema.means, *states]
         held = sum(distributed.local(x).numel() for x in tensors) / sum(x.numel() for x in tensors)
@@ -169,11 +170,11 @@ def _that_fits() -> list[int]:
     run = Run(Case(), sharded=True)
     x, y = (view.repeat(40, 1, 1, 1) for view in _images(Case())[0])
     batch = Batch({"x": x, "y": y}, torch.arange(len(x)))
-    found = []
+    found, losses = [], {"loss": InfoNCEInTiles(pair=PAIR, tile=16)}
     with pytest.MonkeyPatch.context() as patch:
         for free in (12e6, 25e6, 1e9):
             patch.setattr(memory, "free_bytes", lambda _, free=free: int(free * (1 + distributed.rank())))
-            found.append(memory.micro_batch_that_fits(run.model, batch, FP32))
+            found.append(memory.micro_batch_that_fits(run.model, losses, batch, FP32))
     return [*found, sum(p.grad is not None for p in run.model.parameters())]
 
 
