@@ -423,7 +423,7 @@ class Trainer:
         if self.log is not None:
             try:
                 self._summarise("failed")
-            except OSError as error:  # a full disk: why the run ended matters more
+            except Exception as error:  # a full disk, a library in the middle of its import: why it ended matters more
                 logger.warning("%s cannot be written: %s", self.folder / SUMMARY, error)
 
     def _summarise(self, status: str) -> dict[str, Any]:
