@@ -27,7 +27,7 @@ from multimodal.memory import Peak
 from multimodal.model import Model
 from multimodal.optim import parameter_groups
 from multimodal.parts import Loss, TowerModule
-from multimodal.step import training_step
+from multimodal.step import objective, training_step
 from multimodal.towers.images import ImageEncoder
 from multimodal.towers.text_transformer import TextTransformerEncoder
 
@@ -111,15 +111,15 @@ class Rehearsal:
         """The terms of the objective, forward and backward, for this rank's rows of the global batch."""
         model = self.model
         with self._stage(self.ranks):
-            tensors = {
-                f"{tower}_features": torch.empty(rows, model.embed_dim, requires_grad=True) for tower in model.towers
+            features = {
+                tower: {f"{tower}_features": torch.empty(rows, model.embed_dim, requires_grad=True)}
+                for tower in model.towers
             }
-            ids = self.batch(rows).ids
-            before = [*self._held(), *tensors.values(), *ids.values()]
-            with _Products() as flops, Peak(before) as peak:
-                given = Features(tensors, model.logit_scale.exp(), model.logit_bias, ids)
-                terms = [loss.weight * loss(given) for loss in self.config.loss.values()]
-                torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+            batch = self.batch(rows)
+            tensors = [x for named in features.values() for x in named.values()]
+            with _Products() as flops, Peak([*self._held(), *tensors, *batch.ids.values()]) as peak:
+                total, _ = objective(model, self.config.loss, batch, features)
+                total.backward()  # type: ignore[no-untyped-call]
                 model.zero_grad(set_to_none=True)
         return Taken(peak.bytes, flops.total)
 

@@ -284,7 +284,7 @@ class Trainer:
             )
 
     def _lengths(self, batch: Batch) -> dict[str, Tensor]:
-        """None if weights are sharded: ranks gather them for every chunk of captions, and have not as many."""
+        """By tower; empty if weights are sharded: ranks gather them for every chunk, and have not as many chunks."""
         return {} if is_sharded(self.model) else self.model.lengths(batch.inputs)
 
     def _set_lr(self) -> float:
