@@ -165,12 +165,13 @@ def _unit_rows(row: Tensor, number: int) -> Tensor:
 
 
 def _sizes(model: Model, batch: Batch, context: torch.autocast, budget: int) -> Iterator[int]:
-    """From the largest: what may fit, by what a forward pass keeps of a few rows."""
+    """From the largest: what may fit, by what a forward pass keeps of a few rows; the same on all ranks."""
     rows = len(batch.indices)
     few, more = (_passes(model, batch, context, probe) for probe in PROBES)
     if not distributed.smallest(int(few is not None and more is not None)) or few is None or more is None:
         return
-    by_tower = [(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(few[0], more[0], strict=True)]
+    kept = torch.tensor([(b - a) / (PROBES[1] - PROBES[0]) for a, b in zip(few[0], more[0], strict=True)])
+    by_tower = distributed.largest(kept).tolist()  # ranks count a little differently, and must try the same sizes
     if sum(by_tower) * rows <= budget:
         yield rows
     size = 1 << ((rows - 1).bit_length() - 1)
