@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.batch import Batch
 from multimodal.config import ModelSection
@@ -51,7 +51,8 @@ TEXT: dict[str, Any] = {"width": 192, "layers": 4, "heads": 3}
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
 PRECISIONS = {"fp32": torch.autocast("cpu", enabled=False), "bf16": torch.autocast("cpu", torch.bfloat16)}
 BARS = {"fp32": 1.3, "bf16_vs_fp32": 1.7, "bf16_vs_bf16": 1.15, "context77_fp32": 1.6}
-PEER, PADDED, POOLED, OURS = "open_clip", "ours, all tokens", "+ one token in the last block", "+ captions by length"
+PEER, PADDED, COPIED_LESS = "open_clip", "ours, all tokens", "+ attention without copies"
+POOLED, OURS = "+ one token in the last block", "+ captions by length"
 Step = Callable[[Batch, Tensor], Tensor]
 
 
@@ -142,14 +143,17 @@ def peer_model(context: int) -> CLIP:
     return CLIP(DIMS, vision, text, output_dict=True).train()
 
 
-def our_model(context: int, whole: bool) -> Model:
-    """The peer's weights in our model."""
+def our_model(context: int, who: str) -> Model:
+    """The peer's weights in our model, with so many of the changes."""
     state = peer_model(context).state_dict()
     image_part, text_part = vit(), text_transformer(context)
     image = image_part.build(image_part.preprocessor(list, Keep(), None), DIMS)
     text = text_part.build(TextPreprocessor(ClipBPE().build(list, None), context), DIMS)
-    if whole:
+    if who in (PADDED, COPIED_LESS):
         image.__class__, text.__class__ = WholeViT, WholeText
+    if who == PADDED:
+        for block in (*image.net.transformer.resblocks, *text.net.transformer.resblocks):
+            block.attn.__class__ = nn.MultiheadAttention
     visual = {name.removeprefix("visual."): x for name, x in state.items() if name.startswith("visual.")}
     image.projection.weight.data.copy_(visual.pop("proj").T)  # type: ignore[union-attr,operator]
     image.net.load_state_dict(visual)
@@ -189,7 +193,7 @@ def peer_step(context: int, precision: str) -> Step:
 
 def our_step(context: int, precision: str, who: str) -> Step:
     """Ours, with so many of the changes."""
-    model = our_model(context, whole=who == PADDED)
+    model = our_model(context, who)
     part = AdamW(lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
     optimizer = part.build(parameter_groups(model, part, {name: Tuning() for name in model.towers}))
     losses = {"infonce": InfoNCE()}
@@ -265,7 +269,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rounds, share = (2, 4) if asked.quick else (7, 1)
-    who = [PEER, OURS] if asked.quick else [PEER, PADDED, POOLED, OURS]
+    who = [PEER, OURS] if asked.quick else [PEER, PADDED, COPIED_LESS, POOLED, OURS]
     short = measure(32, 256 // share, rounds, ["fp32", "bf16"], who)
     show(short)
     long = measure(77, 128 // share, rounds, ["fp32"], who)

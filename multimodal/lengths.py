@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OVERHEAD = 128
 """What a chunk costs beside its tokens, as so many tokens."""
@@ -30,11 +30,15 @@ def chunks(
 
 
 def by_length(
-    encode: Callable[[Tensor], Tensor],  # from inputs, or the beginning of all of them, to [n, W]
+    encode: Callable[..., Tensor],  # from inputs, or the beginning of all of them, to [n, W]
     inputs: Tensor,  # [n, L, ...]
     lengths: Tensor,  # int64 [n], on the CPU; what is beyond them changes nothing
+    embedding: nn.Module | None = None,  # of token ids; `encode` then takes what it makes of the inputs, too
 ) -> Tensor:  # [n, W]
-    """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device."""
+    """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device.
+
+    All chunks are embedded at once: the gradient of a table is as large as the table, however few rows it is for.
+    """
     order = lengths.argsort(stable=True)
     found = chunks(lengths[order].numpy())
     if len(found) == 1:
@@ -43,5 +47,12 @@ def by_length(
         order = order.pin_memory()  # the copy of other memory waits
     order = order.to(inputs.device, non_blocking=True)
     rows = torch.split(inputs[order], [count for count, _ in found])
-    made = torch.cat([encode(some[:, :length]) for some, (_, length) in zip(rows, found, strict=True)])
+    cut = [some[:, :length] for some, (_, length) in zip(rows, found, strict=True)]
+    embedded = [] if embedding is None else [_all_at_once(embedding, cut)]
+    made = torch.cat([encode(*one) for one in zip(cut, *embedded, strict=True)])
     return torch.empty_like(made).index_copy(0, order, made)
+
+
+def _all_at_once(embedding: nn.Module, ids: list[Tensor]) -> list[Tensor]:
+    embedded = torch.split(embedding(torch.cat([some.flatten() for some in ids])), [some.numel() for some in ids])
+    return [some.view(*like.shape, -1) for some, like in zip(embedded, ids, strict=True)]

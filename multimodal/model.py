@@ -43,7 +43,8 @@ class Model(nn.Module):
     ) -> Tensor:  # [n, W]
         """The first half of `encode`: what the tower gives."""
         module = self.towers[tower]
-        pooled: Tensor = module(inputs) if lengths is None else by_length(module, inputs, lengths)
+        assert isinstance(module, TowerModule)
+        pooled: Tensor = module(inputs) if lengths is None else by_length(module, inputs, lengths, module.embedding)
         return pooled
 
     def project(

@@ -108,6 +108,11 @@ class TowerModule(nn.Module, ABC):
     def forward(self, inputs: Tensor) -> Tensor:
         """From [n, ...] as preprocessed, on the device, to pooled features [n, W]."""
 
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The table that token ids are looked up in, if `forward` also takes what it makes of its inputs."""
+        return None
+
     def lengths(
         self,
         inputs: Tensor,  # [n, L, ...] as preprocessed

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_one_token import CONTEXT, END, KNOBS, PAD, TEXTS, captions, made, text
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from multimodal import lengths, memory
 from multimodal.batch import Batch, Features
@@ -41,9 +42,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     whole = TextTransformerEncoder.forward
 
-    def forward(self: TextTransformerEncoder, inputs: Tensor) -> Tensor:
+    def forward(self: TextTransformerEncoder, inputs: Tensor, embedded: Tensor | None = None) -> Tensor:
         shapes.append(tuple(inputs.shape))
-        return whole(self, inputs)
+        return whole(self, inputs, embedded)
 
     monkeypatch.setattr(TextTransformerEncoder, "forward", forward)
     return shapes
@@ -123,6 +124,15 @@ def test_features_and_gradients_are_those_of_padded_captions(
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=0, atol=1e-10, msg=name)
     assert grads["towers.text.net.positional_embedding"] is not None
+
+
+@pytest.mark.usefixtures("chunks_are_free")
+def test_the_gradient_of_the_table_is_made_once(seen: list[tuple[int, ...]]) -> None:
+    one, ids = model(text()), captions()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        one.encode("text", ids, one.lengths({"text": ids})["text"]).sum().backward()
+    assert len(seen) > 2
+    assert [event.count for event in profiled.key_averages() if event.key == "aten::embedding_dense_backward"] == [1]
 
 
 @settings(deadline=None, max_examples=60)

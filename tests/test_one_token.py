@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from multimodal.data.augment import Keep
 from multimodal.parts import TowerModule
@@ -17,6 +17,7 @@ from multimodal.towers.byte_bpe import ByteBPE
 from multimodal.towers.images import ImageEncoder
 from multimodal.towers.text import TextPreprocessor
 from multimodal.towers.text_transformer import TextTransformer
+from multimodal.towers.transformer import Attention
 from multimodal.towers.vit import ViT
 
 CONTEXT, END, PAD = 9, 299, 0
@@ -104,6 +105,29 @@ def assert_same_as_in_full(module: TowerModule, inputs: Tensor) -> None:
 @pytest.mark.parametrize(("kind", "knobs", "training"), list(product(TEXTS, KNOBS, [True, False])))
 def test_a_text_tower_is_the_same_as_in_full(kind: str, knobs: str, training: bool) -> None:
     assert_same_as_in_full(text(**TEXTS[kind], **KNOBS[knobs]).train(training), captions())
+
+
+@pytest.mark.parametrize("mask", ["none", "for all", "for each"])
+@pytest.mark.parametrize("inputs", ["one", "two", "three"])
+def test_attention_is_that_of_torch(inputs: str, mask: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(16, 2, batch_first=True).double()
+    nn.init.normal_(theirs.in_proj_bias)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = Attention
+    x = torch.randn(3, CONTEXT, 16, dtype=torch.float64, requires_grad=True)
+    query = x if inputs == "one" else x[:, :4].sin()
+    given = query, x, x.cos() if inputs == "three" else x
+    shape = {"none": None, "for all": (query.shape[1], CONTEXT), "for each": (6, query.shape[1], CONTEXT)}[mask]
+    attn_mask = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    made = [attention(*given, need_weights=False, attn_mask=attn_mask)[0] for attention in (ours, theirs)]
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-12)
+    weights = torch.randn_like(made[0])
+    grads = [
+        torch.autograd.grad((features * weights).sum(), [x, *attention.parameters()], retain_graph=True)
+        for features, attention in zip(made, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("knobs", "training"), list(product(KNOBS, [True, False])))

@@ -149,9 +149,9 @@ def test_checkpointed_blocks_take_less_than_half() -> None:
 
 
 def test_activations_are_linear_in_the_rows_of_a_rank() -> None:
-    found = (planner(f"global_batch_size={rows}").memory(None) for rows in (256, 512, 1024))
-    few, more, most = (memory.peak - memory.loss for memory in found)  # small batches keep their logits
-    assert most - more == pytest.approx(2 * (more - few), rel=0.05)
+    found = (planner(f"global_batch_size={rows}").memory(None) for rows in (1024, 2048, 4096))
+    few, more, most = (memory.peak - memory.loss for memory in found)  # the peak of smaller batches is in a tower
+    assert most - more == pytest.approx(2 * (more - few), rel=0.001)
 
 
 def test_a_rank_of_several_has_its_own_rows_and_sums_gradients_once() -> None:

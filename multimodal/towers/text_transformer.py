@@ -13,8 +13,7 @@ from multimodal.towers.text import TextEncoder, TextPreprocessor, TextTower, end
 from multimodal.towers.transformer import (
     Activation,
     activation_layer,
-    add_drop_path,
-    attend_across,
+    adapt,
     depths,
     norm_layer,
     one_token,
@@ -24,14 +23,21 @@ from multimodal.towers.transformer import (
 class TextTransformerEncoder(TextEncoder):
     """The network is open_clip's `TextTransformer` without its projection."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """From int64 [n, L], or the beginning of it, to [n, W]."""
+    def forward(self, inputs: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """From int64 [n, L], or the beginning of it, and its embedded tokens [n, L, W], to [n, W]."""
         net, length = self.net, inputs.shape[1]
-        x, attn_mask = net._embeds(inputs)  # [n, L, W]
-        if attn_mask is not None:
-            attn_mask = attn_mask[..., :length, :length]  # that of causal attention is for the whole context
+        x = (self.embedding(inputs) if embedded is None else embedded) + net.positional_embedding[:length]
+        attn_mask = net.attn_mask[:length, :length] if net.attn_mask is not None else None
+        if net.use_pad_mask:
+            attn_mask = net._build_additive_mask(inputs, length, x.dtype)  # [n * heads, L, L]
         features: Tensor = net.ln_final(one_token(net.transformer, x, self.place(inputs), attn_mask))
         return features
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Chunks of captions share its gradient."""
+        table: nn.Module = self.net.token_embedding
+        return table
 
     def place(
         self,
@@ -125,6 +131,5 @@ class TextTransformer(TextTower):
             norm_layer=norm_layer(self.norm_eps),
         )
         net.set_grad_checkpointing(self.grad_checkpointing)
-        add_drop_path(net.transformer.resblocks, self.drop_path)
-        attend_across(net.transformer.resblocks[-1])
+        adapt(net.transformer.resblocks, self.drop_path)
         return TextTransformerEncoder(net, projection(self.projection, self.width, embed_dim), self.width)

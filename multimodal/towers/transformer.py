@@ -1,10 +1,11 @@
-"""What the vision and the text transformer of open_clip share: activation, norm, drop path, depth, one token."""
+"""What the vision and the text transformer of open_clip share: activation, norm, attention, drop path, depth."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,10 +31,46 @@ def norm_layer(eps: float) -> Callable[[int], nn.Module]:
     return partial(LayerNorm, eps=eps)
 
 
-def add_drop_path(blocks: nn.ModuleList, rate: float) -> None:
-    """Let open_clip's residual blocks leave out their branches in training: none of the first, `rate` of the last.
+def adapt(blocks: nn.ModuleList, drop_path: float) -> None:
+    """Let open_clip's residual blocks copy less, leave out their branches in training, and compute `one_token`.
 
-    Stochastic depth (Huang et al. 2016), per sample. Hooks do it, so the names of weights stay open_clip's.
+    Names and number of weights stay open_clip's.
+    """
+    for block in blocks:
+        block.attn.__class__ = Attention
+    _add_drop_path(blocks, drop_path)
+    blocks[-1].__dict__["ln_1_kv"] = blocks[-1].ln_1  # the norm of what it takes keys and values from; no child
+
+
+class Attention(nn.MultiheadAttention):
+    """Torch's, of inputs [n, L, W], on views of the projected queries, keys and values, which torch's own copies."""
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,  # [n, Q, W]
+        key: Tensor,  # [n, K, W]
+        value: Tensor,  # [n, K, W]
+        need_weights: Literal[False],
+        attn_mask: Tensor | None,  # [Q, K], or [n * heads, Q, K]; added to the logits
+    ) -> tuple[Tensor, None]:
+        """As torch's; weights are not told, and there is no dropout."""
+        weight, bias, of_head = self.in_proj_weight, self.in_proj_bias, (-1, self.head_dim)
+        if query is key is value:
+            projected = list(F.linear(query, weight, bias).chunk(3, -1))
+        else:
+            inputs = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+            projected = [F.linear(x, *affine) for x, *affine in inputs]
+        q, k, v = (torch.unflatten(x, -1, of_head).transpose(1, 2) for x in projected)  # [n, heads, L, W / heads]
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = torch.unflatten(attn_mask, 0, (-1, self.num_heads))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def _add_drop_path(blocks: nn.ModuleList, rate: float) -> None:
+    """Leave out none of the first block's branches, and a share of samples, `rate`, of the last one's.
+
+    Stochastic depth (Huang et al. 2016).
     """
     from timm.layers.drop import drop_path
 
@@ -60,17 +97,8 @@ def depths(net: nn.Module, blocks: nn.ModuleList, last: nn.Module) -> list[list[
     return groups
 
 
-def attend_across(block: nn.Module) -> None:
-    """Let open_clip's residual block take queries from one sequence, and keys and values from another.
-
-    It does so where it has a norm for the latter, which is that of the queries here. It is set beside the children, so
-    that weights keep their names and number.
-    """
-    block.__dict__["ln_1_kv"] = block.ln_1
-
-
 def one_token(
-    transformer: Any,  # open_clip's, whose last block can `attend_across`
+    transformer: Any,  # open_clip's, whose blocks we `adapt`
     x: Tensor,  # [n, L, W]
     place: Tensor,  # int64 [n], of the token that is wanted
     attn_mask: Tensor | None,  # [L, L], or [n * heads, L, L]; added to the logits of attention

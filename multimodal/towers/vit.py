@@ -13,8 +13,7 @@ from multimodal.towers.projection import Projection, check_width, projection
 from multimodal.towers.transformer import (
     Activation,
     activation_layer,
-    add_drop_path,
-    attend_across,
+    adapt,
     depths,
     norm_layer,
     one_token,
@@ -111,6 +110,5 @@ class ViT(ImageTower):
         )
         net.proj = None
         net.set_grad_checkpointing(self.grad_checkpointing)
-        add_drop_path(net.transformer.resblocks, self.drop_path)
-        attend_across(net.transformer.resblocks[-1])
+        adapt(net.transformer.resblocks, self.drop_path)
         return ViTEncoder(net, projection(self.projection, width, embed_dim), width, self.mean, self.std)
