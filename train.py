@@ -2,14 +2,13 @@
 
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from multimodal.cli import launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import TrainConfig, check
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@program("train")
 def main(composed: DictConfig) -> float | None:
     """Compose, validate, train; the best value of the metric that checkpoints are judged by, for sweeps."""
     config = check(plain(composed), TrainConfig)

@@ -6,11 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -26,8 +28,12 @@ from multimodal.interop import config_source
 from multimodal.parts import BadSample
 from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced, did_you_mean
 
+T = TypeVar("T")
+
 CONF = Path(__file__).parent.parent / "conf"
 MAX_NAME = 100
+TO_MEND = (ConfigError, DamagedCheckpoint, RunError, BadSample)
+"""What users can mend: told in lines, without a traceback."""
 
 NO_FILES = [  # our run directory is the only one, also when a stored configuration is launched
     "hydra/hydra_logging=none",
@@ -55,6 +61,30 @@ def register_plugins() -> None:
     config_source.register()
 
 
+def program(config: str) -> Callable[[Callable[[DictConfig], T]], Callable[[], Any]]:
+    """Make a main of what takes the composed configuration of this name in `conf/`; for `launch`.
+
+    In a sweep an error ends one job, and is told after the last; Hydra would tell one of its own before it.
+    """
+
+    def decorate(main: Callable[[DictConfig], T]) -> Callable[[], Any]:
+        @wraps(main)
+        def guarded(composed: DictConfig) -> T:
+            try:
+                return main(composed)
+            except TO_MEND as error:
+                if HydraConfig.get().mode == RunMode.RUN:
+                    _refuse(str(error))
+                raise
+
+        decorated: Callable[[], Any] = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(
+            guarded
+        )
+        return decorated
+
+    return decorate
+
+
 def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
     """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1.
 
@@ -69,7 +99,7 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on as they are
     try:
         task()
-    except (ConfigError, DamagedCheckpoint, RunError, BadSample) as error:
+    except TO_MEND as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(str(ConfigError([_retell(str(error))])))
@@ -106,7 +136,7 @@ def _retell(message: str) -> tuple[str, str]:
     return path, text
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     print(message if distributed.rank() == 0 else f"rank {distributed.rank()}: {message}", file=sys.stderr)
     sys.exit(1)
 

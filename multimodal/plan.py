@@ -6,7 +6,7 @@ knob, and what libraries keep for themselves (a context, workspaces, fragments) 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from string import ascii_lowercase
@@ -109,8 +109,12 @@ class Time:
 class Planner:
     """Answers questions about one configuration; each rehearsal is done once."""
 
-    def __init__(self, config: PlanConfig) -> None:
-        self.config, self.ranks = config, config.num_gpus
+    def __init__(
+        self,
+        config: PlanConfig,
+        rehearsed: Callable[[], object] = lambda: None,  # called after each rehearsal of a step, which may take seconds
+    ) -> None:
+        self.config, self.ranks, self.rehearsed = config, config.num_gpus, rehearsed
         self.precision = config.hardware.precision(config.precision)
         self.rows = config.global_batch_size // config.num_gpus
         self.budget = int(config.memory_share * config.hardware.memory_gb * 1e9)
@@ -248,7 +252,9 @@ class Planner:
 
     @cached_property
     def _loss(self) -> Any:
-        return self.rehearsal.loss(self.rows)
+        loss = self.rehearsal.loss(self.rows)
+        self.rehearsed()
+        return loss
 
     @cache  # noqa: B019  # lives as long as its answers
     def _step(
@@ -257,7 +263,9 @@ class Planner:
         rehearsal = self.rehearsal
         if grad_checkpointing is not None:
             rehearsal = self._with_checkpointing(grad_checkpointing)
-        return rehearsal.step(self._rehearsed_rows(micro_batch_size), micro_batch_size, sharding == "full")
+        step = rehearsal.step(self._rehearsed_rows(micro_batch_size), micro_batch_size, sharding == "full")
+        self.rehearsed()
+        return step
 
     @cache  # noqa: B019
     def _with_checkpointing(self, on: bool) -> Rehearsal:

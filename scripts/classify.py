@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import hydra
 from omegaconf import DictConfig
 from pydantic import AfterValidator, BeforeValidator, Field
 from tqdm import tqdm
 
 from multimodal.api import load, require_distinct
-from multimodal.cli import CONF, launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import check
 from multimodal.data.files import ClassNames, ImageFiles, Templates, read_lines
 from multimodal.data.views import Slice
@@ -70,7 +69,7 @@ class ClassifyConfig(FinishedRun):
         return ImageFiles(Path(self.images))
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="classify")
+@program("classify")
 def main(composed: DictConfig) -> None:
     """Load the checkpoint, classify every image, and write the best class and the probabilities of all.
 

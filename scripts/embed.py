@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import Field
@@ -15,7 +14,7 @@ from pydantic import Field
 from multimodal.api import load
 from multimodal.assemble import Problems
 from multimodal.checkpoint import load_config, weights_file
-from multimodal.cli import CONF, launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import TrainConfig, check
 from multimodal.embeddings import Embeddings, Rows, from_dataset, from_path
 from multimodal.finished_run import FinishedRun
@@ -62,7 +61,7 @@ class EmbedConfig(FinishedRun):
         return from_dataset(self.dataset.build(root), self.input, facts)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
+@program("embed")
 def main(composed: DictConfig) -> None:
     """Load the checkpoint and embed, continuing where an earlier call was stopped."""
     asked = check(plain(composed), EmbedConfig)

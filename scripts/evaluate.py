@@ -3,11 +3,10 @@
 import json
 import logging
 
-import hydra
 from omegaconf import DictConfig
 
 from multimodal import checkpoint, distributed
-from multimodal.cli import CONF, launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import ConfigError, check
 from multimodal.files import write_json
 from multimodal.finished_run import FinishedRun
@@ -23,7 +22,7 @@ class EvaluateConfig(FinishedRun):
     """By name; those that the run was trained with, if there are none here."""
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+@program("evaluate")
 def main(composed: DictConfig) -> None:
     """Load the checkpoint, run the evaluations, write `evaluations/<step>/`, print the numbers."""
     asked = check(plain(composed), EvaluateConfig)

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import Field
 
-from multimodal.cli import CONF, launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import ConfigError, RunError, check
 from multimodal.files import write_json
 from multimodal.finished_run import FinishedRun
@@ -36,7 +35,7 @@ class ExportConfig(FinishedRun):
     """Features may differ by so much."""
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="export")
+@program("export")
 def main(composed: DictConfig) -> None:
     """Write into a folder beside, compare, and give it its name; nothing is left where features differ."""
     asked = check(plain(composed), ExportConfig)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
+from tqdm import tqdm
 
-from multimodal.cli import CONF, launch, plain
+from multimodal.cli import launch, plain, program
 from multimodal.config import RunError, check
 from multimodal.files import write_json
 from multimodal.plan import PlanConfig, Planner
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 NAMES = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="plan")
+@program("plan")
 def main(composed: DictConfig) -> None:
     """Rehearse a step, print size, memory, time and cost; exit status 1 if it does not fit."""
     config = check(plain(composed), PlanConfig)
-    planner = Planner(config)
-    plan = planned(planner)
+    with tqdm(desc="rehearsing", unit=" passes", leave=False, disable=None) as bar:
+        plan = planned(Planner(config, bar.update))
     logger.info("%s", "\n".join(lines(config, plan)))
     if config.out is not None:
         write_json(Path(config.out), plan)
     if not plan["fits"]:
-        told = f"{plan['memory']['peak'] / 1e9:.1f} GB do not fit into {planner.budget / 1e9:.1f} GB"
-        helps = list(planner.helps())
+        memory, helps = plan["memory"], plan["helps"]
+        told = f"{memory['peak'] / 1e9:.1f} GB do not fit into {memory['budget'] / 1e9:.1f} GB"
         raise RunError(f"{told}; it fits with {', or '.join(helps)}" if helps else f"{told}: a smaller model, or more")
 
 
@@ -55,6 +55,7 @@ def planned(planner: Planner) -> dict[str, Any]:
         "memory": {**asdict(memory), "peak": memory.peak, "budget": planner.budget},
         "peak_by_grad_checkpointing": checkpointing,
         "fits": planner.fits(memory),
+        "helps": [] if planner.fits(memory) else list(planner.helps()),
         "training_flops": planner.training_flops(),
         "utilisation": config.utilisation,
         "samples_per_s": planner.samples_per_s(),
@@ -82,15 +83,14 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     memory = plan["memory"]
     yield f"{'memory of each':24} {'GB':>9}"
     for part in ("weights", "optimizer", "gradients", "batch", "features", "activations", "peak", "loss"):
-        what = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}.get(
-            part, part
-        )
-        yield f"{what:22} {memory[part] / 1e9:9.3f}"
+        yield f"{NAMES.get(part, part):22} {memory[part] / 1e9:9.3f}"
     yield f"to fill: {memory['budget'] / 1e9:.1f} GB, {config.memory_share:.0%} of {config.hardware.memory_gb:g}"
     for name, peak in plan["peak_by_grad_checkpointing"].items():
         yield f"peak {name} grad_checkpointing: {peak / 1e9:.3f} GB"
     largest = plan["largest_micro_batch_size"]
     yield f"largest micro_batch_size that fits: {'all rows' if largest == rows else largest or 'none'}"
+    if not plan["fits"]:
+        return
     yield ""
     yield f"at {config.utilisation:.0%} of the peak: {plan['samples_per_s']:,.0f} samples/s"
     if plan["time"] is None:

@@ -83,7 +83,8 @@ def test_the_program_refuses_such_an_experiment_before_it_loads_any_tower(experi
     told = [line for line in lines if not line.startswith("import time:")]
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    told = told[told.index(f"{len(MISTAKES)} problems in the configuration:") + 1 :]
+    headline, *told = told
+    assert headline == f"{len(MISTAKES)} problems in the configuration:"
     assert {line.strip().split(": ")[0] for line in told} == MISTAKES.keys()
     assert "torch" in imported
     assert not {"open_clip", "torchvision", "multimodal.trainer", "wandb"} & imported
