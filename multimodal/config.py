@@ -46,13 +46,14 @@ class DamagedCheckpoint(ValueError):
 class ConfigError(ValueError):
     """The configuration has problems, one line each, by dotted path."""
 
-    def __init__(self, problems: list[tuple[str, str]], where: str = "configuration") -> None:
+    def __init__(self, problems: list[tuple[str, str]], where: str = "configuration", advice: str = "") -> None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__("\n".join([f"{count} in the {where}:", *(f"  {path}: {text}" for path, text in problems)]))
-        self.problems, self.where = problems, where
+        lines = [f"{count} in the {where}:", *(f"  {path}: {text}" for path, text in problems), advice]
+        super().__init__("\n".join(line for line in lines if line))
+        self.problems, self.where, self.advice = problems, where, advice
 
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[tuple[str, str]], str]]:
-        return ConfigError, (self.problems, self.where)
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[tuple[str, str]], str, str]]:
+        return ConfigError, (self.problems, self.where, self.advice)
 
 
 class RunSection(Section):

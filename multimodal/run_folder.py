@@ -57,8 +57,8 @@ def _newest_sound(folder: Path) -> Path:
 
 def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
     """Say why the run in the folder cannot be continued."""
-    hint = ("run.name", "another name starts another run; run.fresh=true starts this one over")
-    raise ConfigError([*changed, hint], f"way of resuming {config.folder}: it was computed with other values")
+    where = f"way of resuming {config.folder}: it was computed with other values"
+    raise ConfigError(changed, where, "Another run.name starts another run; run.fresh=true starts this one over")
 
 
 def prepare(config: TrainConfig, step: int) -> dict[str, Any]:

@@ -214,8 +214,9 @@ def test_another_experiment_under_the_same_name_is_refused_with_the_keys_that_di
     before = weights(tiny_config())
     with pytest.raises(ConfigError) as caught:
         Trainer(tiny_config("seed=2", "optimizer.lr=0.5", "workers=1")).run()
-    assert [path for path, _ in caught.value.problems] == ["seed", "optimizer.lr", "run.name"]
+    assert [path for path, _ in caught.value.problems] == ["seed", "optimizer.lr"]
     assert "seed: 1 -> 2" in str(caught.value)
+    assert "run.fresh=true starts this one over" in str(caught.value).splitlines()[-1]
     assert "seed: 1\n" in (tiny_config().folder / "config.yaml").read_text()
     assert all(torch.equal(value, before[name]) for name, value in weights(tiny_config()).items())
 
