@@ -11,9 +11,11 @@ class Speed(Section):
     """Peak TFLOP/s (10^12 multiplications and additions a second) of dense products, by the precision of a run."""
 
     fp32: float = Field(gt=0)
-    """In float32 as torch multiplies it unless told otherwise: without TF32."""
+    """As towers multiply float32: in TF32, where the hardware has it."""
     bf16: float | None = Field(gt=0)
     """Under autocast to bf16, sums in float32; null where the hardware has none."""
+    fp16: float | None = Field(gt=0)
+    """Likewise of fp16."""
 
 
 class Hardware(Section):
@@ -30,16 +32,16 @@ class Hardware(Section):
     price_per_hour: float = Field(ge=0)
     """Of one device, in dollars; an assumption."""
 
-    def precision(self, wanted: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
+    def precision(self, wanted: Literal["auto", "fp32", "bf16", "fp16"]) -> Literal["fp32", "bf16", "fp16"]:
         """What `precision` means on it; ValueError for what it does not have."""
-        if wanted == "bf16" and self.tflops.bf16 is None:
-            raise ValueError(f"{self.name} has no bf16: auto or fp32")
         if wanted == "auto":
             return "fp32" if self.tflops.bf16 is None else "bf16"
+        if getattr(self.tflops, wanted) is None:
+            raise ValueError(f"{self.name} has no {wanted}: auto or fp32")
         return wanted
 
-    def flops_per_s(self, precision: Literal["fp32", "bf16"]) -> float:
+    def flops_per_s(self, precision: Literal["fp32", "bf16", "fp16"]) -> float:
         """Operations a second, at its best."""
-        peak = self.tflops.bf16 if precision == "bf16" else self.tflops.fp32
+        peak: float | None = getattr(self.tflops, precision)
         assert peak is not None
         return peak * 1e12

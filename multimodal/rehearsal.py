@@ -64,13 +64,13 @@ class Rehearsal:
         model: Model,  # on the meta device; changed
         config: TrainConfig,
         inputs: Mapping[str, Tensor],  # by tower, [...] one sample's, as preprocessed
-        precision: Literal["fp32", "bf16"],
+        precision: Literal["fp32", "bf16", "fp16"],  # the last takes what bf16 takes
         device: Literal["cuda", "cpu"],
         ranks: int,
     ) -> None:
         self.model, self.config, self.inputs, self.ranks = model, config, inputs, ranks
-        self.context = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        self.float_norms = device == "cuda" and precision == "bf16"
+        self.context = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
+        self.float_norms = device == "cuda" and precision != "fp32"
         self.fake = FakeTensorMode()
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
         with self.fake:

@@ -207,10 +207,17 @@ def test_hardware_says_all_that_is_known_of_it(name: str) -> None:
     raw = yaml.safe_load(text)
     hardware = Hardware.model_validate(raw)
     assert set(raw) == set(Hardware.model_fields)
-    assert set(raw["tflops"]) == {"fp32", "bf16"}
+    assert set(raw["tflops"]) == {"fp32", "bf16", "fp16"}
     assert text.startswith("#")
     assert "Peak:" in text
     assert hardware.precision("auto") == ("fp32" if hardware.tflops.bf16 is None else "bf16")
+
+
+def test_a_gpu_without_bf16_is_planned_with_in_fp16() -> None:
+    plans = [planner("precision=fp16", f"hardware={name}", "micro_batch_size=32") for name in ("v100", "a100")]
+    other = planner("precision=bf16", "hardware=a100", "micro_batch_size=32")
+    assert plans[1].memory(None) == other.memory(None)
+    assert plans[0].samples_per_s() < plans[1].samples_per_s() == other.samples_per_s()
 
 
 def test_time_is_samples_by_rate_and_cost_is_hours_by_price() -> None:
