@@ -19,7 +19,7 @@ from multimodal.offline import offline
 from multimodal.outline import outlined
 from multimodal.parts import Augment, Eval, Report, Source, Tower
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.sharding import is_sharded, shard
+from multimodal.sharding import check_blocks_are_called, is_sharded, shard
 
 Evaluation = Callable[[EncoderContract], Report]
 
@@ -31,14 +31,15 @@ class Assembled:
     readers: dict[str, Reader]
     model: Model
     precision: str
-    """Of the towers: "bf16" or "fp32"."""
+    """Of the towers: "bf16", "fp16" or "fp32"."""
 
     @property
     def context(self) -> torch.autocast:
         """In which the towers run."""
         device = self.model.logit_scale.device
         cached = not is_sharded(self.model)  # the cache would keep whole weights in bf16
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=cached)
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(device.type, half, enabled=self.precision != "fp32", cache_enabled=cached)
 
 
 def device_of(wanted: str) -> torch.device:
@@ -69,6 +70,12 @@ def native_precision(device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
+
+
+def check_precision(wanted: str, device: torch.device) -> None:
+    """ValueError for training in fp16 on a CPU."""
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("fp16 is for training on a GPU; on a CPU it is slower than fp32: auto, fp32 or bf16")
 
 
 class Problems(list[tuple[str, str]]):
@@ -153,7 +160,7 @@ def assemble(
 
     torch.manual_seed(config.seed)
     readers, model = build(config.towers, config.model, config.augment, captions, saved, started_from)
-    _freeze(model, config)
+    _prepare(model, config)
     precision = native_precision(device) if config.precision == "auto" else config.precision
     if config.sharding == "full" and distributed.started():
         shard(model, device)
@@ -166,15 +173,19 @@ def assemble_outline(config: TrainConfig, captions: Callable[[], Iterable[str]])
     A vocabulary is learnt from `captions`, which stand for those of the data.
     """
     readers, model = build(config.towers, config.model, config.augment, captions, None, outline=True)
-    _freeze(model, config)
+    _prepare(model, config)
     return readers, model
 
 
-def _freeze(model: Model, config: TrainConfig) -> None:
+def _prepare(model: Model, config: TrainConfig) -> None:
+    """Freeze what is not trained; ConfigError where that, or sharding, is not possible."""
     problems = Problems()
     for name, tower in config.towers.items():
         with problems.at(f"towers.{name}.tuning"):
             model.freeze({name: tower.tuning})
+        if config.sharding == "full":
+            with problems.at(f"towers.{name}"):
+                check_blocks_are_called(model.towers[name])
     problems.report()
 
 

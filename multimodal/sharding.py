@@ -48,6 +48,16 @@ def shard(model: Model, device: torch.device) -> None:
     model({})  # the first that computes something is the root of what is gathered and reduced together
 
 
+def check_blocks_are_called(tower: nn.Module) -> None:
+    """ValueError if a tower leaves out whole blocks at random: ranks that call others would wait for each other."""
+    for name, module in tower.named_modules():
+        trained = any(p.requires_grad for p in module.parameters())  # what is frozen leaves nothing out
+        if trained and getattr(module, "layerdrop", 0) > 0:
+            share = module.layerdrop
+            told = f"sharding=full needs every rank in every block, and {name} leaves out {share} of them at random"
+            raise ValueError(f"{told} (layerdrop): sharding=none, or encoder_layerdrop 0 in its config.json")
+
+
 def _blocks(tower: TowerModule) -> Iterator[nn.Module]:
     """The modules that hold most of a block's parameters, where one does."""
     for parameters in tower.depths()[1:]:
