@@ -61,6 +61,10 @@ class TrainerState(BaseModel):
     """Samples replaced so far."""
     truncated: int = 0
     """Captions cut to fit the context so far."""
+    skipped_updates: int = 0
+    """Updates that were left out since the last log entry."""
+    grad_scaler: dict[str, int | float] | None = None
+    """State of torch's GradScaler, in precision fp16."""
     log_bytes: int = 0
     """Length of metrics.jsonl; what is behind it belongs to steps that will be taken again."""
     checksums: bool = False

@@ -31,6 +31,8 @@ MISSING = "???"
 
 Weights = Literal["raw", "ema"]
 """Those of the last step, or their running mean."""
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""Of the towers, as it is asked for."""
 EVAL: dict[Weights, str] = {"raw": "eval", "ema": "eval_ema"}
 """What the names of metrics begin with that an evaluation found with these weights."""
 
@@ -198,6 +200,8 @@ def _scale_below_its_limit(config: "TrainConfig") -> Findings:
 def _shards_suffice(config: "TrainConfig") -> Findings:
     if config.sharding == "full" and not config.optimizer.elementwise:
         yield "sharding", f"{type(config.optimizer).__name__} updates whole matrices: none, or another optimizer"
+    if config.sharding == "full" and config.precision == "fp16":
+        yield "sharding", "the scaling of gradients that fp16 needs is not supported in parts: none, or precision=bf16"
 
 
 def _only_checkpoints_by_the_clock(config: "TrainConfig") -> Findings:
@@ -251,8 +255,9 @@ class TrainConfig(Config):
     and the running mean: the same numbers with less memory, for more traffic between ranks."""
     max_grad_norm: float | None = Field(gt=0)
     """Gradients are scaled down to this norm; null for no limit."""
-    precision: Literal["auto", "fp32", "bf16"]
-    """bf16 runs the towers under autocast; auto takes it where the hardware has it. Losses have one of their own."""
+    precision: Precision
+    """bf16 and fp16 run the towers under autocast; auto takes bf16 where the hardware has it, else fp32. fp16 is for
+    GPUs without bf16: its gradients are scaled. On a GPU, towers multiply float32 in TF32. Losses have their own."""
     device: Operational[Literal["auto", "cpu", "cuda"]]
     """auto takes a GPU if there is one."""
     compile: Operational[bool] = False

@@ -1,7 +1,15 @@
 """Look before training: the resolved configuration, the size of the model, and a picture of one batch."""
 
 from multimodal import distributed
-from multimodal.assemble import Problems, assemble, count_steps, open_evaluations, open_source
+from multimodal.assemble import (
+    Problems,
+    assemble,
+    check_precision,
+    count_steps,
+    device_of,
+    open_evaluations,
+    open_source,
+)
 from multimodal.config import TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
@@ -19,6 +27,8 @@ MAX_PICTURES = 16
 def dry_run(config: TrainConfig) -> None:
     """Print the configuration and parameter counts; draw the first training batch as towers get it."""
     problems = Problems()
+    with problems.at("precision"):
+        check_precision(config.precision, device_of(config.device))
     source = open_source(config, problems)
     open_evaluations(config.evals, config.paths.datasets, problems)
     per_epoch, total, warmup = count_steps(config, source, problems)

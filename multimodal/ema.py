@@ -35,13 +35,13 @@ class Ema:
     @torch.no_grad()
     def update(
         self,
-        finite: Tensor,  # [], 0 where the step was left out: so is this one
+        updated: Tensor,  # [], 0 where weights were left as they were: so is the mean
     ) -> None:
         """Move the mean towards the weights, after a step."""
         if self.decay is not None:
             weights, means = ([distributed.local(x) for x in some] for some in (self.weights, self.means))
             change = torch._foreach_sub(weights, means)
-            torch._foreach_mul_(change, (1 - self.decay) * finite)
+            torch._foreach_mul_(change, (1 - self.decay) * updated)
             torch._foreach_add_(means, change)
 
     @contextmanager

@@ -22,7 +22,7 @@ from multimodal.config import RunError, TrainConfig
 from multimodal.files import write_json
 from multimodal.model import Model
 from multimodal.parts import Loss
-from multimodal.step import Chunk, attention, buffers_left_alone, encode_chunk, objective
+from multimodal.step import Chunk, buffers_left_alone, encode_chunk, kernels, objective
 from multimodal.towers.batch_norm import trained_batch_norms
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _passes(model: Model, batch: Batch, context: torch.autocast, rows: int) -> t
 
 def _measured(model: Model, batch: Batch, context: torch.autocast, rows: int) -> tuple[list[int], int]:
     kept, alive = [], []
-    with attention(context), Peak() as peak:
+    with kernels(context), Peak() as peak:
         for tower in model.towers:
             before = peak.alive
             features = encode_chunk(model, batch, context, _chunk(tower, rows))

@@ -3,15 +3,16 @@
 A contrastive loss needs the features of all pairs at once, but their activations need not be there at once. So with
 micro-batches the towers run twice. First without gradient: features only, of the whole batch, chunk by chunk. The loss
 and its gradient with respect to these features follow. Then with gradient, chunk by chunk again: each chunk's features
-meet the gradient that was kept for them, and its activations are gone before the next one's.
+meet the gradient that was kept for them, and its activations are gone before the next one's. The whole batch goes back
+in two parts as well, loss and towers, because their products differ in precision (`kernels`).
 
 Where towers draw random masks, the second pass draws those of the first; chunks of another size draw others.
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import NamedTuple
 
@@ -46,57 +47,74 @@ def training_step(
     max_grad_norm: float | None,
     micro_batch_size: int | None,  # rows that a tower keeps the activations of; None for all of them
     seed: tuple[int, int],  # of the run, and the step
+    scaler: torch.amp.GradScaler | None = None,  # of precision fp16
 ) -> dict[str, Tensor]:
     """Update the model by one batch; returns what was measured, on the device, so that nothing waits for it.
 
     A loss or gradient that is not finite leaves weights and optimizer as they were; "finite" is then 0, and
     "finite_rows" [b] says whose features were. On several ranks the gradient of a feature sums what every rank's loss
     makes of it; parameters average theirs over ranks.
+    With a `scaler` the loss is multiplied by "grad_scale" on the way back, and gradients are divided by it before their
+    norms are taken. Where features and loss are finite and it was above 1, gradients that are not are its own doing:
+    it is lowered for the next step, and "finite" stays 1.
     With micro-batches "replay_error" is how far features of the second pass are from those of the first, as a share
     of the largest: 0, unless a tower draws random numbers that no seed of torch's is for. More than `replay_tolerance`
-    is wrong and leaves weights as they were, too.
+    is wrong and leaves weights as they were, too. "updated" is 1 where they were not left as they were.
     """
     rows = len(batch.indices)
     whole = micro_batch_size is None or micro_batch_size >= rows
     chunks = list(_chunks(model, rows, rows if micro_batch_size is None else micro_batch_size, seed))
     with span("towers"), torch.set_grad_enabled(whole):
-        features = _features(model, batch, context, chunks)
-    if not whole:
-        for tower, tensors in features.items():
-            for tensor in tensors.values():
-                tensor.requires_grad_(_is_trained(model, tower))
+        encoded = _features(model, batch, context, chunks)
+    features = {
+        tower: {
+            name: x.detach().requires_grad_(x.requires_grad if whole else _is_trained(model, tower))
+            for name, x in named.items()
+        }
+        for tower, named in encoded.items()
+    }
     with span("loss"):
         total, terms = objective(model, losses, batch, features)
     scalars = {"loss": total, **({f"loss/{name}": term for name, term in terms.items()} if len(terms) > 1 else {})}
     replayed = {}
-    with span("backward"), buffers_left_alone(model), attention(context):
-        total.backward()  # type: ignore[no-untyped-call]
-        if not whole:
-            errors = [_meet_gradients(model, batch, context, chunk, features[chunk.tower]) for chunk in chunks]
-            replayed = {"replay_error": distributed.largest(torch.stack(errors).amax())}
+    with span("backward"):
+        (total if scaler is None else scaler.scale(total)).backward()  # type: ignore[no-untyped-call]
+        with buffers_left_alone(model), kernels(context):
+            if whole:
+                _go_back((x, features[tower][k].grad) for tower, named in encoded.items() for k, x in named.items())
+            else:
+                errors = [_meet_gradients(model, batch, context, chunk, features[chunk.tower]) for chunk in chunks]
+                replayed = {"replay_error": distributed.largest(torch.stack(errors).amax())}
     with span("gradients"):
         distributed.average_gradients(model.parameters())
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         norms = {f"grad_norm/{tower}": _grad_norm(model.tower_parameters(tower), total) for tower in model.towers}
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = _grad_norm(trained, total)
         if max_grad_norm is not None and trained:
             factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
             torch._foreach_mul_([distributed.local(p.grad) for p in trained if p.grad is not None], factor)
-        means = distributed.average(torch.stack([scalar.detach() for scalar in scalars.values()]))
+        finite_rows = _finite_rows(features)
+        shared = [*(scalar.detach() for scalar in scalars.values()), finite_rows.all().to(total.dtype)]
+        *means, share_finite = distributed.average(torch.stack(shared))
 
     measured = dict(zip(scalars, means, strict=True))
-    loss = measured["loss"]
-    finite = (loss.isfinite() & norm.isfinite()).float()
-    sound = finite * (replayed["replay_error"] <= replay_tolerance(context)).float() if replayed else finite
-    optimizer.found_inf = 1 - sound  # type: ignore[attr-defined]  # torch's fused optimizers skip the update where it is 1
+    finite = measured["loss"].isfinite() & norm.isfinite()
+    updated = finite & (replayed["replay_error"] <= replay_tolerance(context)) if replayed else finite
+    optimizer.found_inf = 1 - updated.float()  # type: ignore[attr-defined]  # torch's fused optimizers skip where it is 1
     with span("optimizer"):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.clamp_logit_scale()
+    if scaler is not None:
+        scale, lowered = _follow_gradients(scaler, norm)
+        mended = lowered & (scale > 1) & measured["loss"].isfinite() & (share_finite == 1)
+        finite = finite | mended
+        measured["grad_scale"] = scale
 
-    scale = model.logit_scale.detach().exp()
-    told = {**measured, **replayed, "finite": finite, "finite_rows": _finite_rows(features)}
-    return {**told, "logit_scale": scale, "grad_norm": norm, **norms}
+    measured |= {**replayed, "finite": finite.float(), "updated": updated.float(), "finite_rows": finite_rows}
+    return {**measured, "logit_scale": model.logit_scale.detach().exp(), "grad_norm": norm, **norms}
 
 
 def _chunks(model: Model, rows: int, size: int, seed: tuple[int, int]) -> Iterator[Chunk]:
@@ -123,7 +141,7 @@ def encode_chunk(model: Model, batch: Batch, context: torch.autocast, chunk: Chu
         {chunk.tower: given[chunk.tower][chunk.rows]} if chunk.tower in given else {}
         for given in (batch.inputs, batch.pooled, batch.lengths)
     )
-    with context, attention(context):
+    with context, kernels(context):
         features: Mapping[str, Tensor] = model(inputs, pooled, lengths)
     return features
 
@@ -163,10 +181,24 @@ def _meet_gradients(
         return model.logit_scale.new_zeros(())  # the tower is frozen, or no loss reads it
     reduce_after_next_backward(model.towers[chunk.tower], chunk.rows.stop == len(batch.indices))
     features = encode_chunk(model, batch, context, chunk)
-    wanted = {k: x for k, x in features.items() if x.requires_grad and cached[k].grad is not None}
-    if wanted:
-        torch.autograd.backward(list(wanted.values()), [cached[k].grad[chunk.rows] for k in wanted])  # type: ignore[index]
+    grads = {k: x.grad for k, x in cached.items()}
+    _go_back((x, None if (grad := grads[k]) is None else grad[chunk.rows]) for k, x in features.items())
     return torch.stack([_distance(x.detach(), cached[k].detach()[chunk.rows]) for k, x in features.items()]).amax()
+
+
+def _go_back(features: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """The backward pass from features and their gradients, of those that have both a way back and a gradient."""
+    wanted = [(x, grad) for x, grad in features if x.requires_grad and grad is not None]
+    if wanted:
+        torch.autograd.backward([x for x, _ in wanted], [grad for _, grad in wanted])
+
+
+def _follow_gradients(scaler: torch.amp.GradScaler, like: Tensor) -> tuple[Tensor, Tensor]:  # [], [] bool
+    """Set the scale for the next step: what it was, and whether it is lowered as a gradient was not finite."""
+    one = torch.ones_like(like)
+    before = scaler.scale(one)
+    scaler.update()
+    return before, scaler.scale(one) < before
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:
@@ -179,13 +211,22 @@ def replay_tolerance(context: torch.autocast) -> float:
     return 2e-2 if _is_on(context) else 1e-3
 
 
-def attention(context: torch.autocast) -> AbstractContextManager[None]:
-    """How attention is computed, also where checkpointed blocks compute it again.
+@contextmanager
+def kernels(context: torch.autocast) -> Iterator[None]:
+    """How towers are computed, there and back, also where checkpointed blocks are computed again.
 
-    By plain products in bf16 on a CPU, where the backward pass of torch's fused kernel takes four times as long.
+    On a CPU attention is by plain products in bf16, where the backward pass of torch's fused kernel takes four times
+    as long. On a GPU products of float32 are in TF32, if it has it: operands have 10 bits of mantissa, sums float32's.
     """
     plain = context.device == "cpu" and _is_on(context)
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    flags = torch.backends.cuda.matmul  # by the older name: the newer one makes torch's compiler fail that reads it
+    before = flags.allow_tf32
+    flags.allow_tf32 = before or context.device == "cuda"
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
+    finally:
+        flags.allow_tf32 = before
 
 
 def _is_on(context: torch.autocast) -> bool:

@@ -22,6 +22,7 @@ from multimodal.assemble import (
     Problems,
     assemble,
     be_deterministic,
+    check_precision,
     count_steps,
     device_of,
     evaluate,
@@ -82,6 +83,8 @@ class Trainer:
         self.stop_signal: float | None = None  # when it came
         self.not_finite = NotFinite(config.global_batch_size // distributed.world_size(), self.device)
         self.replay_error = torch.zeros((), device=self.device)  # the largest so far
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
+        self.skipped = torch.zeros((), device=self.device)  # updates that were left out since the last log entry
         self.micro_batch_size = config.micro_batch_size
 
     def run(self) -> dict[str, Any]:
@@ -127,6 +130,8 @@ class Trainer:
         """Build everything, as it stands in the `last` checkpoint."""
         config = self.config
         problems = Problems()
+        with problems.at("precision"):
+            check_precision(config.precision, self.device)
         source = open_source(config, problems)
         self.evaluations = open_evaluations(config.evals, config.paths.datasets, problems)
         self.steps_per_epoch, total_steps, self.warmup_steps = count_steps(config, source, problems)
@@ -162,6 +167,9 @@ class Trainer:
         if last is not None:
             self.state = self._continued(checkpoint.load_state(last))
             checkpoint.load_optimizer(last, self.model, self.optimizer)
+            self.skipped += self.state.skipped_updates
+            if self.scaler is not None and self.state.grad_scaler is not None:
+                self.scaler.load_state_dict(self.state.grad_scaler)
         elif config.init.weights is not None:
             with problems.at("init.weights"):
                 self.initialised = initialise(self.model, config.init.weights, Path(config.paths.runs))
@@ -245,7 +253,8 @@ class Trainer:
                 state.step += 1
                 self.not_finite.note(state.step, batch, measured["finite"], measured.pop("finite_rows"))
                 with span("ema"):
-                    self.ema.update(measured["finite"])
+                    self.ema.update(measured["updated"])
+                self.skipped += 1 - measured.pop("updated")
                 self.clock.steps += 1
                 bar.update()
 
@@ -281,6 +290,7 @@ class Trainer:
                 config.max_grad_norm,
                 size,
                 (config.seed, state.step),
+                self.scaler,
             )
 
     def _lengths(self, batch: Batch) -> dict[str, Tensor]:
@@ -348,6 +358,9 @@ class Trainer:
         }
         if self.config.compile:
             values["train/graph_breaks"] = graph_breaks()
+        if self.scaler is not None:
+            values["train/skipped_updates"] = float(self.skipped)
+            self.skipped.zero_()
         self._write(values)
         loss, rate = values["train/loss"], values["train/samples_per_s"]
         bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{rate:.0f}")
@@ -410,6 +423,8 @@ class Trainer:
         text = run_folder.config_text(self.config)
         try:
             self.state.log_bytes = self.log.flush()
+            self.state.skipped_updates = int(self.skipped)
+            self.state.grad_scaler = None if self.scaler is None else self.scaler.state_dict()
             checkpoint.save(self.folder, self.state, files, self.assembled.readers, text)
             if best:
                 checkpoint.mark_best(self.folder, self.state.step)

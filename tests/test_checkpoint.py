@@ -49,7 +49,7 @@ class Run:
         batch = Batch(inputs, torch.arange(4))
         context = self.assembled.context
         measured = training_step(self.model, self.config.loss, self.optimizer, batch, context, 1.0, None, (0, 0))
-        self.ema.update(measured["finite"])
+        self.ema.update(measured["updated"])
 
     def save(self, step: int) -> None:
         import yaml

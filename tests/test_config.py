@@ -187,7 +187,7 @@ def test_the_best_may_be_that_of_an_evaluation_that_runs_but_no_other(compose: C
         ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1", "less than 1, got 1.0"),
         ("optimizer.betas", ["0.9", 0.98], "optimizer.betas.0", "got '0.9'"),
         ("loss.infonce.pair", [1, "text"], "loss.infonce.pair.0", "got 1"),
-        ("precision", "fp16", "precision", "got 'fp16'"),
+        ("precision", "fp8", "precision", "got 'fp8'"),
         ("duration", 1000, "duration", "should be a number with a unit"),
         ("run.name", "a/b", "run.name", "got 'a/b'"),
         ("run.name", "", "run.name", "got ''"),

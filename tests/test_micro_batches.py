@@ -290,9 +290,10 @@ def test_random_numbers_that_cannot_be_replayed_are_noticed(tower: type[Noisy]) 
     measured = training_step(one, LOSSES, Recorder(one.parameters(), lr=1), batch(), FP32, None, 4, SEED)
     if tower is Noisy:
         assert measured["replay_error"] == 0
+        assert measured["updated"] == 1
     else:
         assert measured["replay_error"] > replay_tolerance(BF16) > replay_tolerance(FP32)
-        assert measured["finite"] == 1
+        assert (measured["finite"], measured["updated"]) == (1, 0)
 
 
 def test_a_run_stops_where_they_cannot_be_replayed(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:

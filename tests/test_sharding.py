@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from conftest import TINY, TinyConfig, composed
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from test_hf_families import part
 from test_micro_batches import InfoNCEInTiles
 from test_ranks import IMAGE, SECTION, mine, on_ranks
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multimodal import checkpoint, distributed, memory
 from multimodal.batch import Batch, Features
+from multimodal.compiling import compile_towers
 from multimodal.config import ConfigError, TrainConfig, changed_identity, check
 from multimodal.data.augment import Keep
 from multimodal.data.loader import Reader
+from multimodal.dry_run import dry_run
 from multimodal.ema import Ema
 from multimodal.encoder import Encoder
 from multimodal.losses.infonce import InfoNCE
@@ -126,7 +129,7 @@ class Run:
             losses = {"loss": NotFinite(pair=PAIR) if step == BROKEN else self.case.loss}
             size = self.case.micro_batch_size
             found = training_step(self.model, losses, self.optimizer, batch, self.case.context, 0.5, size, (0, step))
-            self.ema.update(found["finite"])
+            self.ema.update(found["updated"])
             measured.append({name: float(value) for name, value in found.items() if name != "finite_rows"})
         states = [x for state in self.optimizer.state.values() for x in state.values() if x.ndim]
         tensors = [*self.model.parameters(), *self.ema.means, *states]
@@ -249,6 +252,29 @@ def test_in_bf16_sharding_leaves_the_numbers_of_the_same_ranks(on_each_rank: lis
             np.testing.assert_allclose(sharded.files[file][key], value, rtol=0, atol=1e-5, err_msg=f"{file} {key}")
 
 
+def _compiled() -> tuple[list[list[Trained]], int]:
+    """Sharded, as it is and compiled, by case."""
+    found = []
+    for case in (CASES["whole batch"], CASES["checkpointed"]):
+        plain, compiled = (Run(case, sharded=True) for _ in range(2))
+        compile_towers(compiled.model)
+        found.append([run.train(_images(case)) for run in (plain, compiled)])
+    return found, len(torch._dynamo.utils.compile_times(repr="csv")[0])
+
+
+@slow
+def test_compiled_towers_whose_weights_are_sharded_compute_the_same() -> None:
+    for found, functions in on_ranks(2, _compiled):
+        assert functions, "something was compiled"
+        for plain, compiled in found:
+            for file, arrays in plain.files.items():
+                for key, value in arrays.items():
+                    np.testing.assert_allclose(compiled.files[file][key], value, rtol=0, atol=1e-10, err_msg=key)
+            for step, (ours, theirs) in enumerate(zip(compiled.measured, plain.measured, strict=True)):
+                assert ours["updated"] == (step != BROKEN)
+                assert ours == pytest.approx(theirs, rel=0, abs=1e-10, nan_ok=True)
+
+
 @slow
 def test_micro_batches_average_gradients_as_often_as_the_whole_batch(on_each_rank: list[OnARank]) -> None:
     for one in on_each_rank:
@@ -365,3 +391,26 @@ def test_sharding_may_change_when_a_run_goes_on_and_old_runs_had_none(tiny_raw: 
 def test_an_optimizer_of_whole_matrices_is_refused(tiny_config: TinyConfig) -> None:
     with pytest.raises(ConfigError, match="sharding: Muon updates whole matrices"):
         tiny_config("optimizer=muon", "sharding=full")
+
+
+def test_scaled_gradients_in_parts_are_refused(tiny_config: TinyConfig) -> None:
+    with pytest.raises(ConfigError, match=r"1 problem.*\n  sharding: the scaling of gradients that fp16 needs"):
+        tiny_config("precision=fp16", "sharding=full")
+
+
+@pytest.mark.parametrize(("kind", "share"), [("m2m_100", 0.1), ("mbart", 0.1), ("bart", 0.1), ("bart", 0.0)])
+def test_a_tower_that_leaves_out_blocks_at_random_is_refused(
+    kind: str, share: float, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    text = part(kind, tmp_path, {"encoder_layerdrop": share})
+    config = tiny_config("sharding=full")
+    config = config.model_copy(update={"towers": {**config.towers, "text": text}})
+    locked = text.model_copy(update={"tuning": Tuning(frozen="tower")})
+    frozen = config.model_copy(update={"towers": {**config.towers, "text": locked}})
+    whole = config.model_copy(update={"sharding": "none"})
+    for allowed in (frozen, whole, *([] if share else [config])):
+        dry_run(allowed)
+    if share:
+        for refused in (dry_run, lambda config: Trainer(config).run()):
+            with pytest.raises(ConfigError, match=r"towers\.text: sharding=full needs .* leaves out 0\.1 of them"):
+                refused(config)

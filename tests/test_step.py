@@ -21,7 +21,7 @@ from multimodal.optim import AdamW, parameter_groups
 from multimodal.optimizers.lion import Lion
 from multimodal.optimizers.muon import Muon
 from multimodal.parts import Loss, TowerModule
-from multimodal.step import training_step
+from multimodal.step import kernels, training_step
 
 ROWS, INPUTS = 6, 5
 FP32, BF16 = (torch.autocast("cpu", torch.bfloat16, enabled=enabled) for enabled in (False, True))
@@ -156,7 +156,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     else:
         losses["spoilt"] = Spoilt()
     measured = step(model, optimizer, data, losses, max_grad_norm)
-    assert measured["finite"] == 0
+    assert measured["finite"] == measured["updated"] == 0
     assert math.isfinite(measured["loss"]) == (spoil == "gradient")
     after = snapshot(model, optimizer)
     assert after.keys() == before.keys()
@@ -302,3 +302,62 @@ def test_in_bf16_on_a_cpu_attention_is_not_that_whose_backward_pass_is_slow(
         fused[name] = any("flash_attention" in op for op in ops.names)
         assert torch.backends.cuda.flash_sdp_enabled()
     assert fused == {"fp32": True, "bf16": False}
+
+
+# --- TF32 -------------------------------------------------------------------------------------------------------------
+
+ON_A_GPU = torch.autocast("cuda", torch.bfloat16, enabled=False)
+"""What is asked for there; flags can be set where there is none."""
+
+
+def tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def test_towers_multiply_in_tf32_on_a_gpu_and_flags_are_as_before_behind_them() -> None:
+    for before in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = before
+        try:
+            with kernels(FP32):
+                assert tf32() == before
+            with kernels(ON_A_GPU):
+                assert tf32()
+            assert tf32() == before
+            with pytest.raises(ZeroDivisionError), kernels(ON_A_GPU):
+                raise ZeroDivisionError
+            assert tf32() == before
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("context", [FP32, ON_A_GPU])
+def test_in_a_step_towers_may_multiply_in_tf32_and_losses_never_do(size: int | None, context: torch.autocast) -> None:
+    seen: dict[str, set[bool]] = {}
+
+    class Noting(torch.autograd.Function):
+        """The same tensor; notes the flag on both ways."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, where: str) -> Tensor:
+            ctx.where = where
+            seen.setdefault(f"{where}, there", set()).add(tf32())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            seen.setdefault(f"{ctx.where}, back", set()).add(tf32())
+            return grad, None
+
+    class Noted(InfoNCE):
+        def __call__(self, features: Features) -> Tensor:
+            loss: Tensor = Noting.apply(super().__call__(features), "loss")
+            return loss
+
+    model = small_model()
+    for tower in model.towers.values():
+        tower.net.register_forward_hook(lambda *call: Noting.apply(call[-1], "tower"))  # type: ignore[union-attr,operator]
+    training_step(model, {"infonce": Noted()}, adamw(model), batch(), context, 1.0, size, (0, 0))
+    on = context is ON_A_GPU
+    assert seen == {"tower, there": {on}, "tower, back": {on}, "loss, there": {False}, "loss, back": {False}}
+    assert not tf32()
