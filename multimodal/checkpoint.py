@@ -5,12 +5,13 @@ one, `optimizer.safetensors`, `state.json`, `config.yaml`, what preprocessors ha
 in `SHA256SUMS`; `checkpoints/best` points to the best of them.
 """
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -69,6 +70,14 @@ class TrainerState(BaseModel):
     """Length of metrics.jsonl; what is behind it belongs to steps that will be taken again."""
     checksums: bool = False
     """Whether they were written beside it, which older versions did not do."""
+
+    def improves(self, value: float, mode: Literal["max", "min"]) -> bool:
+        """Whether a value at this step is the best so far, which is noted; what is no number never is."""
+        sign = 1 if mode == "max" else -1
+        if not math.isfinite(value) or (self.best is not None and sign * value <= sign * self.best):
+            return False
+        self.best, self.best_step = value, self.step
+        return True
 
 
 def step_folder(run: Path, step: int) -> Path:

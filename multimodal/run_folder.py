@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from multimodal import checkpoint, provenance, run_lock
+from multimodal.checkpoint import TrainerState
 from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity
 from multimodal.files import write_json
 
@@ -59,6 +60,23 @@ def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
     """Say why the run in the folder cannot be continued."""
     where = f"way of resuming {config.folder}: it was computed with other values"
     raise ConfigError(changed, where, "Another run.name starts another run; run.fresh=true starts this one over")
+
+
+def continued(config: TrainConfig, old: TrainerState, new: TrainerState) -> TrainerState:
+    """The stored state under this configuration; refused where the rest would be computed otherwise."""
+    changed = [
+        (name, f"{getattr(old, attribute)} -> {getattr(new, attribute)}")
+        for name, attribute in (("number of samples", "num_samples"), ("precision", "precision"))
+        if getattr(old, attribute) != getattr(new, attribute)
+    ]
+    if new.total_steps < old.total_steps:
+        changed.append(("duration", f"{old.total_steps} steps -> {new.total_steps}; it can only grow"))
+    if changed:
+        refuse(config, changed)
+    update: dict[str, Any] = {"total_steps": new.total_steps}
+    if old.best_of != new.best_of:
+        update |= {"best_of": new.best_of, "best": None, "best_step": None}
+    return old.model_copy(update=update)
 
 
 def prepare(config: TrainConfig, step: int) -> dict[str, Any]:

@@ -4,18 +4,15 @@ import json
 import logging
 import math
 import secrets
-import signal
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multimodal import checkpoint, distributed, run_folder
 from multimodal.assemble import (
@@ -35,9 +32,10 @@ from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
 from multimodal.compiling import compile_towers, graph_breaks
 from multimodal.config import RunError, TrainConfig
-from multimodal.data.loader import lost_worker, training_batches
+from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.ema import Ema
+from multimodal.endings import StopSignal, losses_are_explained, require_few_broken
 from multimodal.evals import figures
 from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
@@ -49,6 +47,7 @@ from multimodal.not_finite import NotFinite
 from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo
 from multimodal.profiling import profiled, span
+from multimodal.progress import Progress
 from multimodal.run_lock import RunLock
 from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
@@ -57,13 +56,6 @@ from multimodal.tracker import METRICS, SUMMARY, RunLog
 from multimodal.units import Cadence
 
 logger = logging.getLogger(__name__)
-
-FIRST_BROKEN = 100
-"""Before so many samples were seen, a share of broken ones says nothing."""
-LINES = 20
-"""How many lines a run prints on its progress where there is no terminal for a bar."""
-PATIENCE = 2.0
-"""Seconds after a stop signal from which on a second one is obeyed at once."""
 
 
 class Trainer:
@@ -80,7 +72,7 @@ class Trainer:
         self.initialised: Initialised | None = None  # what became of init.weights, in a new run
         self.clock = Clock()
         self.last_save = time.monotonic()
-        self.stop_signal: float | None = None  # when it came
+        self.stop_signal = StopSignal()
         self.not_finite = NotFinite(config.global_batch_size // distributed.world_size(), self.device)
         self.replay_error = torch.zeros((), device=self.device)  # the largest so far
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
@@ -91,7 +83,7 @@ class Trainer:
         """Train to the end, or to a stop signal; the summary. Returns at once if the run is finished."""
         distributed.start(self.device, self.config.timeout.seconds)
         try:
-            with self._losses_are_explained():
+            with losses_are_explained(self.config.timeout):
                 self._assemble(distributed.on_first_rank(self._open_folder))
             if self.state.step >= self.state.total_steps:
                 return distributed.on_first_rank(self._already_finished)
@@ -104,10 +96,10 @@ class Trainer:
     def _train(self) -> dict[str, Any]:
         exit_code = 1
         try:
-            with self._losses_are_explained():
+            with losses_are_explained(self.config.timeout):
                 distributed.on_first_rank(self._open_log)
                 self.kept = keep_features(self.config, self.assembled, self.source)
-                with self._stop_on_signal(), closing(self._batches()) as batches:
+                with self.stop_signal.heeded(), closing(self._batches()) as batches:
                     self._loop(batches)
             exit_code = 0
             status = "finished" if self.state.step == self.state.total_steps else "stopped"
@@ -165,7 +157,7 @@ class Trainer:
             best_of=f"{config.checkpoint.best} {config.checkpoint.mode}",
         )
         if last is not None:
-            self.state = self._continued(checkpoint.load_state(last))
+            self.state = run_folder.continued(config, checkpoint.load_state(last), self.state)
             checkpoint.load_optimizer(last, self.model, self.optimizer)
             self.skipped += self.state.skipped_updates
             if self.scaler is not None and self.state.grad_scaler is not None:
@@ -190,23 +182,6 @@ class Trainer:
         return training_batches(
             self.source, self.assembled.readers, order, config.seed, config.workers, self.kept, timeout
         )
-
-    def _continued(self, old: TrainerState) -> TrainerState:
-        """The stored state under this configuration; refused where the rest would be computed otherwise."""
-        new = self.state
-        changed = [
-            (name, f"{getattr(old, attribute)} -> {getattr(new, attribute)}")
-            for name, attribute in (("number of samples", "num_samples"), ("precision", "precision"))
-            if getattr(old, attribute) != getattr(new, attribute)
-        ]
-        if new.total_steps < old.total_steps:
-            changed.append(("duration", f"{old.total_steps} steps -> {new.total_steps}; it can only grow"))
-        if changed:
-            run_folder.refuse(self.config, changed)
-        update: dict[str, Any] = {"total_steps": new.total_steps}
-        if old.best_of != new.best_of:
-            update |= {"best_of": new.best_of, "best": None, "best_step": None}
-        return old.model_copy(update=update)
 
     def _open_log(self) -> None:
         facts = run_folder.prepare(self.config, self.state.step)
@@ -242,7 +217,8 @@ class Trainer:
         self.model.train()
         self.clock, self.last_save = Clock(), time.monotonic()
         wanted = config.profile and self.first
-        with self._progress() as bar, profiled(wanted, self.folder, self.device) as profile:
+        progress = Progress(config.run.name, state.step, state.total_steps, self.first)
+        with progress, profiled(wanted, self.folder, self.device) as profile:
             while state.step < state.total_steps:
                 with span("data"), self.clock.waiting():
                     batch = next(batches)
@@ -256,7 +232,7 @@ class Trainer:
                     self.ema.update(measured["updated"])
                 self.skipped += 1 - measured.pop("updated")
                 self.clock.steps += 1
-                bar.update()
+                progress.advance()
 
                 with span("vote"):
                     stopping, save_is_due = self._vote(batch)
@@ -264,7 +240,7 @@ class Trainer:
                 if last or self._due(config.log.every):
                     with span("log"):
                         measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
-                        self._log_training(measured, lr, bar)
+                        self._log_training(measured, lr, progress)
                 if stopping:
                     self._save(best=False)  # before evaluating, which may take longer than one is given
                 improved = self._evaluate(everything=last)
@@ -310,16 +286,13 @@ class Trainer:
         every = self.config.checkpoint.every
         minutes = (time.monotonic() - self.last_save) / 60
         late = every.unit == "minutes" and minutes >= every.value
-        mine = self.stop_signal is not None, late, len(batch.replaced), batch.truncated
+        mine = self.stop_signal.came is not None, late, len(batch.replaced), batch.truncated
         stop, save, broken, truncated = distributed.total(*mine)
 
-        state, limit = self.state, self.config.max_broken
+        state = self.state
         state.broken += broken
         state.truncated += truncated
-        seen = max(FIRST_BROKEN, state.step * self.config.global_batch_size)
-        if state.broken > limit * seen:
-            told = f"{state.broken} of {seen} samples were broken, more than max_broken={limit}"
-            raise RunError(f"{told}; the log names each of them")
+        require_few_broken(state.broken, state.step * self.config.global_batch_size, self.config.max_broken)
         return stop > 0, save > 0 or self._due(every)
 
     def _due(self, cadence: Cadence) -> bool:
@@ -344,7 +317,7 @@ class Trainer:
                 "for these samples, a lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
             )
 
-    def _log_training(self, measured: dict[str, Tensor], lr: float, bar: Any) -> None:
+    def _log_training(self, measured: dict[str, Tensor], lr: float, progress: Progress) -> None:
         self._require_sound()
         state, clock = self.state, self.clock
         values = {f"train/{name}": float(value) for name, value in measured.items() if name != "finite"}
@@ -362,11 +335,7 @@ class Trainer:
             values["train/skipped_updates"] = float(self.skipped)
             self.skipped.zero_()
         self._write(values)
-        loss, rate = values["train/loss"], values["train/samples_per_s"]
-        bar.set_postfix(loss=f"{loss:.3f}", samples_per_s=f"{rate:.0f}")
-        line = max(1, state.total_steps // LINES)
-        if bar.disable and state.step // line > (state.step - clock.steps) // line:
-            logger.info("step %d of %d: loss %.4f, %.0f samples/s", state.step, state.total_steps, loss, rate)
+        progress.tell(values["train/loss"], values["train/samples_per_s"])
         self.clock = Clock()
 
     def _write(self, values: dict[str, float]) -> None:
@@ -377,7 +346,7 @@ class Trainer:
 
     def _evaluate(self, everything: bool) -> bool:
         """Run the evaluations that are due; whether the metric that checkpoints are judged by is the best so far."""
-        parts = self.config.evals
+        parts, best, mode = self.config.evals, self.config.checkpoint.best, self.config.checkpoint.mode
         due = {name: run for name, run in self.evaluations.items() if everything or self._due(parts[name].every)}
         if not due:
             return False
@@ -400,16 +369,8 @@ class Trainer:
             if self.log is not None:
                 for name, path in write_figures(reports, self.folder / "figures"):
                     self.log.figure(self.state.step, name, path)
-        return distributed.total(self._improves(values))[0] > 0
-
-    def _improves(self, values: dict[str, float]) -> bool:
-        best, sign = self.config.checkpoint.best, 1 if self.config.checkpoint.mode == "max" else -1
-        if best is None or not math.isfinite(values.get(best, math.nan)):
-            return False
-        if self.state.best is not None and sign * values[best] <= sign * self.state.best:
-            return False
-        self.state.best, self.state.best_step = values[best], self.state.step
-        return True
+        improved = best is not None and self.state.improves(values.get(best, math.nan), mode)
+        return distributed.total(improved)[0] > 0
 
     def _save(self, best: bool) -> None:
         self._require_sound()
@@ -452,41 +413,3 @@ class Trainer:
             self.log.figure(self.state.step, "curves", path)
         logger.info("%s at step %d: %s", status, self.state.step, self.folder / METRICS)
         return summary
-
-    # --- around it --------------------------------------------------------------------------------------------------
-
-    def _progress(self) -> Any:
-        hide = None if self.first else True  # None hides it where there is no terminal
-        name, done = self.config.run.name, self.state.step
-        return tqdm(total=self.state.total_steps, initial=done, desc=name, unit="step", disable=hide)
-
-    @contextmanager
-    def _losses_are_explained(self) -> Iterator[None]:
-        """Turn what torch says of a lost rank or data worker into a RunError that names it, and tell other ranks."""
-        try:
-            yield
-        except Exception as error:
-            told = lost_worker(error)
-            lost = distributed.lost_ranks(error if told is None else RunError(told))
-            if lost is not None:
-                told = f"{lost}; ranks wait for each other as long as timeout={self.config.timeout} says"
-            if told is None:
-                raise
-            raise RunError(f"{told}. The same command continues from the last checkpoint") from error
-
-    @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT end the loop after the step that is under way; a second one ends it at once."""
-
-        def note(number: int, _: FrameType | None) -> None:
-            now = time.monotonic()
-            if self.stop_signal is not None and now - self.stop_signal > PATIENCE:
-                raise KeyboardInterrupt
-            self.stop_signal = self.stop_signal or now
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -14,7 +14,7 @@ import multimodal
 ROOT = Path(multimodal.__file__).parent
 FAMILIES = ("towers", "losses", "data", "evals")
 LAYERS = (
-    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "units"),
+    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "progress", "units"),
     ("resolve",),
     ("parts",),
     FAMILIES,
@@ -31,7 +31,7 @@ LAYERS = (
         "sharding",
     ),
     ("ema", "step", "checkpoint", "tracker", "provenance", "interop"),
-    ("assemble", "compiling", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
+    ("assemble", "compiling", "endings", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
     ("export",),
     ("dry_run", "kept_features", "plan", "trainer"),
     ("api", "cli"),
