@@ -9,12 +9,15 @@ import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from torch import Tensor
 
+from multimodal import trainer
 from multimodal.cli import CONF, plain, register_plugins
 from multimodal.config import TrainConfig, check
 
 Compose = Callable[..., dict[str, Any]]
 TinyConfig = Callable[..., TrainConfig]
+Interrupt = Callable[[int, Callable[[], None]], None]
 
 TINY = (
     "run.name=tiny",
@@ -85,3 +88,33 @@ def tiny_config(tiny_raw: dict[str, Any], tmp_path: Path) -> TinyConfig:
         return check(raw, TrainConfig)
 
     return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves take longer to draw than these runs to train."""
+
+    class Nothing:
+        def savefig(self, path: Path, dpi: int) -> None:
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(trainer.figures, "curves", lambda rows: Nothing())
+    monkeypatch.setattr(trainer.run_folder.provenance, "facts", dict)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """Let something happen in the course of the step with this number, from 1, counted from the call."""
+
+    def at(number: int, happens: Callable[[], None]) -> None:
+        original, taken = trainer.training_step, [0]
+
+        def step(*arguments: Any) -> dict[str, Tensor]:
+            taken[0] += 1
+            if taken[0] == number:
+                happens()
+            return original(*arguments)
+
+        monkeypatch.setattr(trainer, "training_step", step)
+
+    return at
