@@ -106,24 +106,25 @@ def find(run: Path, which: str = "last") -> Path:
     raise FileNotFoundError(f"{run} has no checkpoint '{which}'; steps with one: {have}")
 
 
-def whole_tensors(ema: Ema, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def whole_tensors(
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    copy: bool = True,  # also of what is on the CPU, so that training may go on
+) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint's safetensors files hold, by name, for rank 0; sharded ones are gathered, by all ranks.
 
     One after the other, and onto the CPU: a device never holds more than one whole tensor.
     """
     files = {FILES[kind]: tensors for kind, tensors in ema.state_dicts().items()}
     files[OPTIMIZER] = _optimizer_tensors(ema.model, optimizer)
-    return {file: dict(_whole(tensors)) for file, tensors in files.items()}
+    return {file: dict(_whole(tensors, copy)) for file, tensors in files.items()}
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _whole(tensors: Mapping[str, Tensor], copy: bool) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
-        if distributed.is_sharded(tensor):
-            tensor = distributed.whole(tensor)
-            if distributed.rank() > 0:
-                continue
-            tensor = tensor.cpu()
-        yield name, tensor
+        whole = distributed.whole(tensor)
+        if distributed.rank() == 0:
+            yield name, whole.to("cpu", copy=copy, memory_format=torch.contiguous_format)
 
 
 def save(
@@ -142,7 +143,7 @@ def save(
     (partial / "config.yaml").write_text(config)
     for name, tensors in files.items():
         file = partial / name
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        save_file(dict(tensors), file)
         shutil.copymode(partial / "state.json", file)  # safetensors makes it readable by its owner only
     for tower, reader in readers.items():
         (partial / tower).mkdir()

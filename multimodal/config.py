@@ -116,6 +116,8 @@ class CheckpointSection(Section):
     """The metric that says which one is best, such as eval/shapes/top1, or eval_ema/shapes/top1; null keeps none."""
     mode: Literal["max", "min"]
     """Whether more or less of it is better."""
+    background: bool = True
+    """Write while training goes on, from a copy of weights and optimizer in memory; false waits, without a copy."""
 
 
 class LogSection(Section):

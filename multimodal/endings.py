@@ -1,10 +1,12 @@
-"""What ends a run before its last step: a stop signal, a lost rank or data worker, too many broken samples."""
+"""What ends a run before its last step: a stop signal, a lost process, broken samples, wrong gradients."""
 
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from torch import Tensor
 
 from multimodal import distributed
 from multimodal.config import RunError
@@ -54,6 +56,19 @@ def losses_are_explained(timeout: Timeout) -> Iterator[None]:
         if told is None:
             raise
         raise RunError(f"{told}. The same command continues from the last checkpoint") from error
+
+
+def require_replayed(
+    error: Tensor,  # [] the largest "replay_error" of a step so far
+    tolerance: float,
+) -> None:
+    """RunError if a tower's second pass over a batch was not its first."""
+    if error > tolerance:
+        raise RunError(
+            "micro_batch_size: a tower gave other features in the second pass over a batch than in the first, so "
+            "its gradients would be wrong; the last checkpoint is from before. Random numbers of a tower should "
+            "come from torch's generators; or micro_batch_size=null"
+        )
 
 
 def require_few_broken(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from multimodal import distributed
 from multimodal.batch import Batch
+from multimodal.config import RunError
 from multimodal.files import write_json
 from multimodal.parts import Source
 
@@ -39,7 +40,21 @@ class NotFinite:
         self.finite_rows = torch.where(is_first, finite_rows, self.finite_rows)
         self.count += 1 - finite
 
-    def report(self, source: Source, folder: Path) -> str:
+    def require_none(
+        self,
+        step: int,  # the last that was noted
+        source: Source,
+        folder: Path,  # of the run
+    ) -> None:
+        """RunError with the samples if a step was not finite; asked where the device is waited for anyway."""
+        if self.count:
+            raise RunError(
+                f"the loss or a gradient was not finite in {int(self.count)} of the steps up to {step}; "
+                f"{self._report(source, folder)}. The last checkpoint is from before. If it is not "
+                "for these samples, a lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
+            )
+
+    def _report(self, source: Source, folder: Path) -> str:
         """Name the samples, those with features that are not finite if there are any; all of them go to a file."""
         indices, finite = (distributed.gather(x).cpu() for x in (self.indices, self.finite_rows.long()))
         bad = finite == 0

@@ -87,12 +87,22 @@ class Memory:
     """Of this rank's rows, and in micro-batches the gradients that are kept for them."""
     activations: int
     """And all else that is made on the way."""
+    checkpoint: int
+    """The copy that is written while steps go on, on a CPU; a GPU's is in other memory."""
     loss: int
     """While it is computed; not in the sum where the peak is at another time."""
 
     @property
     def peak(self) -> int:
-        return self.weights + self.optimizer + self.gradients + self.batch + self.features + self.activations
+        return (
+            self.weights
+            + self.optimizer
+            + self.gradients
+            + self.batch
+            + self.features
+            + self.activations
+            + self.checkpoint
+        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,7 @@ class Planner:
             batch=rehearsal.bytes_of(self.rows),
             features=features,
             activations=on_the_way - gradients - features,
+            checkpoint=self._checkpoint_copy(),
             loss=self._loss.peak,
         )
 
@@ -225,11 +236,23 @@ class Planner:
             yield f"micro_batch_size={largest}"
         if self.can_checkpoint(True) and self.fits(self.memory(size, grad_checkpointing=True)):
             yield " ".join(f"towers.{name}.grad_checkpointing=true" for name in self._checkpointing())
+        memory = self.memory(size)
+        if memory.checkpoint and memory.peak - memory.checkpoint <= self.budget:
+            yield "checkpoint.background=false"
         whole = self._power_of_two(self.memory(None))
         if whole and self.config.global_batch_size % whole == 0 and self.config.global_batch_size // whole > self.ranks:
             yield f"num_gpus={self.config.global_batch_size // whole}"
         if self.config.sharding == "none" and self.ranks > 1 and self.fits(self.memory(size, "full")):
             yield "sharding=full"
+
+    def _checkpoint_copy(self) -> int:
+        """Bytes of all that is saved, whole also where it is sharded; 0 where no step is taken meanwhile."""
+        settings = self.config.checkpoint
+        during = settings.background and (settings.every.unit != "never" or settings.best is not None)
+        if not during or self.config.hardware.device != "cpu":
+            return 0
+        weights: int = sum(x.nbytes for x in self.rehearsal.model.state_dict().values())
+        return weights * (1 if self.config.ema.decay is None else 2) + self.rehearsal.resident.optimizer
 
     def _towers(self) -> list[Any]:
         return list(self.config.towers.values())

@@ -62,11 +62,14 @@ class RunLog:
             if self.mirror is not None:
                 self.mirror.figure(step, name, path)
 
-    def flush(self) -> int:
-        """Bring all rows to the disk; the length of the file."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    @property
+    def length(self) -> int:
+        """Bytes of all rows so far."""
         return self.file.tell()
+
+    def flush(self) -> None:
+        """Bring all rows to the disk."""
+        os.fsync(self.file.fileno())
 
     def summarise(self, facts: Mapping[str, Any], best: str | None, mode: str) -> dict[str, Any]:
         """Write summary.json: `facts`, the last value of every metric, and the row of the best."""

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import secrets
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -31,11 +30,11 @@ from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
 from multimodal.compiling import compile_towers, graph_breaks
-from multimodal.config import RunError, TrainConfig
+from multimodal.config import TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.ema import Ema
-from multimodal.endings import StopSignal, losses_are_explained, require_few_broken
+from multimodal.endings import StopSignal, losses_are_explained, require_few_broken, require_replayed
 from multimodal.evals import figures
 from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
@@ -49,6 +48,7 @@ from multimodal.parts import Report, RunInfo
 from multimodal.profiling import profiled, span
 from multimodal.progress import Progress
 from multimodal.run_lock import RunLock
+from multimodal.saving import Saver
 from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
 from multimodal.towers.batch_norm import check_batch_norms
@@ -71,7 +71,6 @@ class Trainer:
         self.log: RunLog | None = None  # once it trains
         self.initialised: Initialised | None = None  # what became of init.weights, in a new run
         self.clock = Clock()
-        self.last_save = time.monotonic()
         self.stop_signal = StopSignal()
         self.not_finite = NotFinite(config.global_batch_size // distributed.world_size(), self.device)
         self.replay_error = torch.zeros((), device=self.device)  # the largest so far
@@ -99,8 +98,14 @@ class Trainer:
             with losses_are_explained(self.config.timeout):
                 distributed.on_first_rank(self._open_log)
                 self.kept = keep_features(self.config, self.assembled, self.source)
-                with self.stop_signal.heeded(), closing(self._batches()) as batches:
-                    self._loop(batches)
+            self.saver = Saver(self.config, self.assembled.readers)
+            with (
+                self.stop_signal.heeded(),
+                closing(self.saver),
+                losses_are_explained(self.config.timeout),
+                closing(self._batches()) as batches,
+            ):
+                self._loop(batches)
             exit_code = 0
             status = "finished" if self.state.step == self.state.total_steps else "stopped"
             return distributed.on_first_rank(lambda: self._summarise(status))
@@ -215,7 +220,7 @@ class Trainer:
     def _loop(self, batches: Iterator[Batch]) -> None:
         config, state = self.config, self.state
         self.model.train()
-        self.clock, self.last_save = Clock(), time.monotonic()
+        self.clock = Clock()
         wanted = config.profile and self.first
         progress = Progress(config.run.name, state.step, state.total_steps, self.first)
         with progress, profiled(wanted, self.folder, self.device) as profile:
@@ -242,14 +247,17 @@ class Trainer:
                         measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
                         self._log_training(measured, lr, progress)
                 if stopping:
-                    self._save(best=False)  # before evaluating, which may take longer than one is given
+                    self._save(best=False)
+                    self.saver.wait()  # evaluating may take longer than one is given
                 improved = self._evaluate(everything=last)
                 if last or improved or (save_is_due and not stopping):
                     self._save(improved)
                 profile.step()
-                if stopping and not last:
-                    logger.info("stopped by a signal after step %d; the same command continues", state.step)
-                    return
+                if stopping:
+                    break
+        self.saver.wait()
+        if state.step < state.total_steps:
+            logger.info("stopped by a signal after step %d; the same command continues", state.step)
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         config, state, context = self.config, self.state, self.assembled.context
@@ -283,39 +291,24 @@ class Trainer:
         """What the ranks decide together: whether to stop, and whether to save; broken and cut samples are counted."""
         for line in batch.replaced:
             logger.warning("replaced a broken sample: %s", line)
-        every = self.config.checkpoint.every
-        minutes = (time.monotonic() - self.last_save) / 60
-        late = every.unit == "minutes" and minutes >= every.value
-        mine = self.stop_signal.came is not None, late, len(batch.replaced), batch.truncated
-        stop, save, broken, truncated = distributed.total(*mine)
+        mine = self.stop_signal.came is not None, self.saver.late, len(batch.replaced), batch.truncated
+        stop, save, broken, truncated, failed = distributed.total(*mine, self.saver.failed)
+        if failed:
+            self.saver.wait()
 
         state = self.state
         state.broken += broken
         state.truncated += truncated
         require_few_broken(state.broken, state.step * self.config.global_batch_size, self.config.max_broken)
-        return stop > 0, save > 0 or self._due(every)
+        return stop > 0, save > 0 or self._due(self.config.checkpoint.every)
 
     def _due(self, cadence: Cadence) -> bool:
-        if cadence.unit in ("never", "minutes"):
-            return False
-        every = max(1, cadence.steps(self.config.global_batch_size, self.steps_per_epoch))
-        return self.state.step % every == 0
+        return cadence.is_due(self.state.step, self.config.global_batch_size, self.steps_per_epoch)
 
     def _require_sound(self) -> None:
         """RunError if an update was left out; asked where the device is waited for anyway."""
-        if self.replay_error > replay_tolerance(self.assembled.context):
-            raise RunError(
-                "micro_batch_size: a tower gave other features in the second pass over a batch than in the first, so "
-                "its gradients would be wrong; the last checkpoint is from before. Random numbers of a tower should "
-                "come from torch's generators; or micro_batch_size=null"
-            )
-        if self.not_finite.count:
-            count, step = int(self.not_finite.count), self.state.step
-            raise RunError(
-                f"the loss or a gradient was not finite in {count} of the steps up to {step}; "
-                f"{self.not_finite.report(self.source, self.folder)}. The last checkpoint is from before. If it is not "
-                "for these samples, a lower optimizer.lr or max_grad_norm, or precision=fp32, may help"
-            )
+        require_replayed(self.replay_error, replay_tolerance(self.assembled.context))
+        self.not_finite.require_none(self.state.step, self.source, self.folder)
 
     def _log_training(self, measured: dict[str, Tensor], lr: float, progress: Progress) -> None:
         self._require_sound()
@@ -362,7 +355,7 @@ class Trainer:
                     reports |= found[1]
             except Exception:
                 if self.log is not None and not is_sharded(self.model):  # to gather takes all ranks
-                    self._write_checkpoint(checkpoint.whole_tensors(self.ema, self.optimizer), best=False)
+                    self.saver.save_alone(self._stored_state(), self.ema, self.optimizer, self.log)
                 raise
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -375,25 +368,12 @@ class Trainer:
     def _save(self, best: bool) -> None:
         self._require_sound()
         with span("save"), self.clock.paused():
-            files = checkpoint.whole_tensors(self.ema, self.optimizer)
-            distributed.on_first_rank(lambda: self._write_checkpoint(files, best))
-        self.last_save = time.monotonic()
+            self.saver.save(self._stored_state(), self.ema, self.optimizer, self.log, best)
 
-    def _write_checkpoint(self, files: dict[str, dict[str, Tensor]], best: bool) -> None:
-        assert self.log is not None
-        text = run_folder.config_text(self.config)
-        try:
-            self.state.log_bytes = self.log.flush()
-            self.state.skipped_updates = int(self.skipped)
-            self.state.grad_scaler = None if self.scaler is None else self.scaler.state_dict()
-            checkpoint.save(self.folder, self.state, files, self.assembled.readers, text)
-            if best:
-                checkpoint.mark_best(self.folder, self.state.step)
-            checkpoint.prune(self.folder, self.config.checkpoint.keep)
-        except checkpoint.UNWRITTEN as error:
-            checkpoint.clean(self.folder)
-            told = f"the checkpoint of step {self.state.step} cannot be written to {self.folder}: {error}"
-            raise RunError(f"{told}. Those from before stay as they are, and the same command continues") from error
+    def _stored_state(self) -> TrainerState:
+        """With what is kept elsewhere while training."""
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return self.state.model_copy(update={"skipped_updates": int(self.skipped), "grad_scaler": scaler})
 
     def _note_failure(self) -> None:
         if self.log is not None:

@@ -116,5 +116,11 @@ class Cadence(Duration):
             raise ValueError(f"should be more than 0, or never, got '{text}'")
         return cadence
 
+    def is_due(self, step: int, global_batch_size: int, steps_per_epoch: int) -> bool:
+        """Whether it is after this step; what goes by the clock never is."""
+        if self.unit in ("never", "minutes"):
+            return False
+        return step % max(1, self.steps(global_batch_size, steps_per_epoch)) == 0
+
     def __str__(self) -> str:
         return "never" if self.unit == "never" else super().__str__()

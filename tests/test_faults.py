@@ -37,6 +37,16 @@ def rank_of(pid: int) -> int:
     return int(next(word for word in words if word.startswith(b"RANK=")).removeprefix(b"RANK="))
 
 
+def wait_for_checkpoint(runs: Path, name: str, process: subprocess.Popen[str]) -> int:
+    """The newest step that is on the disk, once there is one."""
+    for _ in range(2000):
+        if saved := checkpoint.steps(runs / name):
+            return saved[-1]
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("nothing was saved")
+
+
 def end(process: subprocess.Popen[str], seconds: float = 120) -> str:
     """What a program says that ends by itself, with a status that is not zero."""
     try:
@@ -84,7 +94,7 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_and_is_named(
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
     family = [pid for rank in ranks.values() for pid in (rank, *children(rank))]
     assert len(family) == 4
-    saved = checkpoint.steps(tmp_path / "two")[-1]
+    saved = wait_for_checkpoint(tmp_path, "two", process)
     os.kill(ranks[victim], number)
     output = end(process)
     assert f"rank {victim} was killed or hangs" in output
@@ -125,7 +135,7 @@ def assert_same_run(runs: Path, one: str, other: str) -> None:
 def test_where_files_cannot_grow_a_run_ends_in_words_and_goes_on_where_they_can(tmp_path: Path) -> None:
     run(command(tmp_path, "whole", "workers=0"))
     process = start(command(tmp_path, "limited", "workers=0"))
-    wait_for_step(tmp_path, "limited", 6, process)
+    wait_for_checkpoint(tmp_path, "limited", process)
     kill(process)
     saved = checkpoint.steps(tmp_path / "limited")[-1]
     sizes = [
@@ -153,11 +163,12 @@ def test_where_files_cannot_grow_a_run_ends_in_words_and_goes_on_where_they_can(
     assert_same_run(tmp_path, "limited", "whole")
 
 
-def test_a_full_disk_ends_a_run_in_words_and_checkpoints_that_were_saved_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_ends_a_run_in_words_and_checkpoints_that_were_saved_stay(tmp_path: Path, ranks: int) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "4m"):
         words = ["workers=0", "checkpoint.every=1steps", "checkpoint.keep=99", "duration=1000steps"]
-        process = start(command(disk, "full", *words))
+        process = start(command(disk, "full", *words, ranks=ranks))
         output = end(process)
         assert process.returncode == 1
         assert f"cannot be written to {disk / 'full'}" in output

@@ -31,7 +31,7 @@ LAYERS = (
         "sharding",
     ),
     ("ema", "step", "checkpoint", "tracker", "provenance", "interop"),
-    ("assemble", "compiling", "endings", "finished_run", "memory", "outline", "rehearsal", "run_folder"),
+    ("assemble", "compiling", "endings", "finished_run", "memory", "outline", "rehearsal", "run_folder", "saving"),
     ("export",),
     ("dry_run", "kept_features", "plan", "trainer"),
     ("api", "cli"),

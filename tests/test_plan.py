@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, TinyConfig
 from hydra import compose, initialize_config_dir
 
-from multimodal import distributed
+from multimodal import checkpoint, distributed
 from multimodal.assemble import assemble
 from multimodal.cli import CONF, plain, register_plugins
 from multimodal.config import ConfigError, check
@@ -21,6 +21,7 @@ from multimodal.memory import Peak
 from multimodal.optim import parameter_groups
 from multimodal.plan import PlanConfig, Planner
 from multimodal.step import training_step
+from multimodal.trainer import Trainer
 
 HARDWARE = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 CPU = (*TINY, "hardware=cpu")
@@ -142,6 +143,28 @@ def test_planned_memory_is_what_a_real_step_takes(overrides: tuple[str, ...]) ->
     )  # less than 0.01 but for checkpoints
 
 
+@pytest.mark.parametrize("words", [(), ("ema.decay=0.9", FROZEN), ("optimizer=lion",)])
+def test_a_checkpoint_that_is_written_while_a_cpu_trains_is_there_twice(
+    tiny_config: TinyConfig, words: tuple[str, ...]
+) -> None:
+    config = tiny_config("towers.text.vocab_size=300", *words)
+    one = Trainer(config)
+    one.run()
+    files = checkpoint.whole_tensors(one.ema, one.optimizer)
+    copied = sum(x.nbytes for tensors in files.values() for x in tensors.values())
+    found = {
+        name: planner("towers.text.vocab_size=300", *words, *more).memory(None)
+        for name, more in {
+            "never": (),
+            "during": ("checkpoint.every=4steps",),
+            "waiting": ("checkpoint.every=4steps", "checkpoint.background=false"),
+            "on a GPU": ("checkpoint.every=4steps", "hardware=a100"),
+        }.items()
+    }
+    assert {name: memory.checkpoint for name, memory in found.items() if memory.checkpoint} == {"during": copied}
+    assert found["during"].peak == found["never"].peak + copied == found["waiting"].peak + copied
+
+
 def test_checkpointed_blocks_take_less_than_half() -> None:
     deep = ("global_batch_size=256", "towers.image.layers=6", "towers.text.layers=6")
     kept, again = (planner(*deep).memory(None, grad_checkpointing=on) for on in (False, True))
@@ -185,6 +208,13 @@ def test_the_largest_micro_batch_fits_and_twice_as_many_do_not() -> None:
     assert not one.fits(one.memory(256))
     assert "micro_batch_size=128" in list(one.helps())
     assert planner("global_batch_size=512", memory, "micro_batch_size=auto").micro_batch_size == 128
+
+
+def test_where_the_copy_of_a_checkpoint_does_not_fit_waiting_for_the_write_helps() -> None:
+    peak = planner("global_batch_size=64").memory(None).peak
+    one = planner("global_batch_size=64", "checkpoint.every=4steps", f"hardware.memory_gb={1.01 * peak / 1e9 / 0.9}")
+    assert not one.fits(one.memory(None))
+    assert "checkpoint.background=false" in list(one.helps())
 
 
 def test_what_is_said_to_help_does() -> None:

@@ -1,0 +1,102 @@
+"""Checkpoints are written while training goes on, by a thread of the first rank, one at a time."""
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch import Tensor
+
+from multimodal import checkpoint, distributed, run_folder
+from multimodal.checkpoint import TrainerState
+from multimodal.config import RunError, TrainConfig
+from multimodal.data.loader import Reader
+from multimodal.ema import Ema
+from multimodal.tracker import RunLog
+
+logger = logging.getLogger(__name__)
+
+Files = Mapping[str, Mapping[str, Tensor]]
+
+
+class Saver:
+    """Writes what stood when it was asked to. To be closed before the run's folder is let go."""
+
+    def __init__(self, config: TrainConfig, readers: Mapping[str, Reader]) -> None:
+        self.folder, self.settings = config.folder, config.checkpoint
+        self.config, self.readers = run_folder.config_text(config), readers
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.last = time.monotonic()  # that one was begun
+        self.write: Future[None] | None = None  # that is under way, or ended and nobody has asked how
+
+    def save(
+        self,
+        state: TrainerState,
+        ema: Ema,
+        optimizer: torch.optim.Optimizer,
+        log: RunLog | None,  # the first rank's
+        best: bool,  # of those so far
+    ) -> None:
+        """Begin to write a checkpoint, with all rows that the log has; of all ranks, once the one before is written."""
+        self.wait()
+        files = checkpoint.whole_tensors(ema, optimizer, copy=self.settings.background)
+        if log is not None:
+            self._start(state, files, log, best)
+        if not self.settings.background:
+            self.wait()
+        self.last = time.monotonic()
+
+    def save_alone(self, state: TrainerState, ema: Ema, optimizer: torch.optim.Optimizer, log: RunLog) -> None:
+        """The same where other ranks may not be there, as the run ends for another reason; nothing may be sharded."""
+        self._settle()
+        self._start(state, checkpoint.whole_tensors(ema, optimizer), log, best=False)
+
+    @property
+    def late(self) -> bool:
+        """Whether as many minutes have passed since the last one as should be between two."""
+        every = self.settings.every
+        return every.unit == "minutes" and time.monotonic() - self.last >= 60 * every.value
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written, which `wait` tells all ranks."""
+        return self.write is not None and self.write.done() and self.write.exception() is not None
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk; RunError on all ranks if it cannot be written."""
+        distributed.on_first_rank(self._wait)
+
+    def close(self) -> None:
+        """Let the thread end; where a run ends for another reason, that a checkpoint failed goes to the log only."""
+        self._settle()
+        self.thread.shutdown()
+
+    def _settle(self) -> None:
+        try:
+            self._wait()
+        except Exception as error:
+            logger.error("%s", error)
+
+    def _wait(self) -> None:
+        if self.write is not None:
+            wait([self.write])
+            write, self.write = self.write, None
+            write.result()
+
+    def _start(self, state: TrainerState, files: Files, log: RunLog, best: bool) -> None:
+        assert self.write is None
+        stored = state.model_copy(update={"log_bytes": log.length})
+        self.write = self.thread.submit(self._write, stored, files, log, best)
+
+    def _write(self, state: TrainerState, files: Files, log: RunLog, best: bool) -> None:
+        try:
+            log.flush()
+            checkpoint.save(self.folder, state, files, self.readers, self.config)
+            if best:
+                checkpoint.mark_best(self.folder, state.step)
+            checkpoint.prune(self.folder, self.settings.keep)
+        except checkpoint.UNWRITTEN as error:
+            checkpoint.clean(self.folder)
+            told = f"the checkpoint of step {state.step} cannot be written to {self.folder}: {error}"
+            raise RunError(f"{told}. Those from before stay as they are, and the same command continues") from error
