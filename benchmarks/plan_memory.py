@@ -28,7 +28,15 @@ from multimodal.optim import parameter_groups
 from multimodal.plan import PlanConfig, Planner
 from multimodal.step import training_step
 
-ALWAYS = ("run.name=measured", "hardware=cpu", "evals=[]", "checkpoint.best=null", "tracker=none", "device=cpu")
+ALWAYS = (
+    "run.name=measured",
+    "hardware=cpu",
+    "evals=[]",
+    "checkpoint.best=null",
+    "tracker=none",
+    "device=cpu",
+    "checkpoint.every=never",
+)
 SMALL = ("tower@towers.image=vit_tiny", "tower@towers.text=text_transformer_small")
 MODELS = {
     "resnet_tiny, 512, fp32": ("precision=fp32", "global_batch_size=512"),

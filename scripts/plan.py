@@ -16,7 +16,12 @@ from multimodal.plan import PlanConfig, Planner
 
 logger = logging.getLogger(__name__)
 
-NAMES = {"batch": "input batch", "optimizer": "optimizer state", "loss": "(the loss, in its turn)"}
+NAMES = {
+    "batch": "input batch",
+    "optimizer": "optimizer state",
+    "checkpoint": "copy that is saved",
+    "loss": "(the loss, in its turn)",
+}
 
 
 @program("plan")
@@ -82,7 +87,8 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     yield ""
     memory = plan["memory"]
     yield f"{'memory of each':24} {'GB':>9}"
-    for part in ("weights", "optimizer", "gradients", "batch", "features", "activations", "peak", "loss"):
+    parts = ("weights", "optimizer", "gradients", "batch", "features", "activations", "checkpoint", "peak", "loss")
+    for part in parts:
         yield f"{NAMES.get(part, part):22} {memory[part] / 1e9:9.3f}"
     yield f"to fill: {memory['budget'] / 1e9:.1f} GB, {config.memory_share:.0%} of {config.hardware.memory_gb:g}"
     for name, peak in plan["peak_by_grad_checkpointing"].items():
