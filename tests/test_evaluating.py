@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyConfig
-from runs import named, rows, weights, with_checkpoint
+from tiny_runs import named, rows, weights, with_checkpoint
 
 from multimodal import checkpoint
 from multimodal.checkpoint import find, load_state, steps

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Interrupt, TinyConfig
-from runs import assert_same_run, kill, named, with_checkpoint
+from tiny_runs import assert_same_run, kill, named, with_checkpoint
 from torch import Tensor
 
 from multimodal import checkpoint, trainer

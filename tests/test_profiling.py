@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import TinyConfig
-from runs import CLOCK, assert_same_run, named, rows
+from tiny_runs import CLOCK, assert_same_run, named, rows
 
 from multimodal.config import TrainConfig
 from multimodal.trainer import Trainer

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from conftest import Interrupt, TinyConfig
-from runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
+from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
 
 from multimodal import checkpoint, trainer
 from multimodal.checkpoint import steps

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import TinyConfig
-from runs import crash, named, rows, weights, with_checkpoint
+from tiny_runs import crash, named, rows, weights, with_checkpoint
 
 import multimodal
 from multimodal import checksums

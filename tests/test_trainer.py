@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TinyConfig
-from runs import rows
+from tiny_runs import rows
 
 from multimodal.config import ConfigError
 from multimodal.trainer import Trainer
