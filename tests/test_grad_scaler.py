@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import test_micro_batches as micro
 import torch
-from conftest import TinyConfig
+from conftest import Interrupt, TinyConfig
 from test_ranks import mine, on_ranks
 from test_step import ROWS, Build, Spoilt, adamw, batch, lion, muon, small_model, snapshot
-from test_trainer import Interrupt, assert_same_run, crash, interrupt, named, no_pictures, rows, with_checkpoint
+from tiny_runs import assert_same_run, crash, named, rows, with_checkpoint
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -27,7 +27,7 @@ from multimodal.step import training_step
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
-__all__ = ["interrupt", "no_pictures"]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 FP32, FP16 = (torch.autocast("cpu", torch.float16, enabled=enabled) for enabled in (False, True))
 INFONCE: dict[str, Loss] = {"infonce": InfoNCE()}
 LARGE = 2.0**30
