@@ -80,6 +80,8 @@ class Memory:
 
     weights: int
     optimizer: int
+    mean: int
+    """Of the weights, if one is kept (`ema.decay`)."""
     gradients: int
     batch: int
     """The input."""
@@ -97,6 +99,7 @@ class Memory:
         return (
             self.weights
             + self.optimizer
+            + self.mean
             + self.gradients
             + self.batch
             + self.features
@@ -192,15 +195,16 @@ class Planner:
         per_row = rehearsal.model.embed_dim * FLOAT * len(rehearsal.model.towers)
         unseen = (self.rows - seen) * per_row
         on_the_way = max(step.peak + 2 * unseen, alive + unseen + self._loss.peak)
-        weights, gradients, optimizer = resident.weights, resident.gradients, resident.optimizer
+        held = resident.weights, resident.optimizer, resident.mean, resident.gradients
+        weights, optimizer, mean, gradients = (-(-x // self.ranks) for x in held) if sharding == "full" else held
         if sharding == "full":
-            weights, gradients, optimizer = (-(-held // self.ranks) for held in (weights, gradients, optimizer))
             weights += 2 * resident.largest_block
             on_the_way += gradients
         features = self.rows * per_row * (1 if whole else 2)
         return Memory(
             weights=weights,
             optimizer=optimizer,
+            mean=mean,
             gradients=gradients,
             batch=rehearsal.bytes_of(self.rows),
             features=features,

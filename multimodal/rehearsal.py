@@ -52,6 +52,8 @@ class Resident:
     """From the backward pass to the update."""
     optimizer: int
     """Its state."""
+    mean: int
+    """Of the weights that are trained, if one is kept."""
     largest_block: int
     """Weights of a tower's largest block."""
 
@@ -77,12 +79,13 @@ class Rehearsal:
             _without_memory(model)
             model.train()
             self.optimizer = config.optimizer.build(parameter_groups(model, config.optimizer, tunings))
-            with Peak() as peak:
-                self._update_once()
+            self._update_once()
+        trained = _bytes(p for p in model.parameters() if p.requires_grad)
         self.resident = Resident(
             weights=_bytes(model.parameters()) + _bytes(model.buffers()),
-            gradients=_bytes(p for p in model.parameters() if p.requires_grad),
-            optimizer=peak.alive,
+            gradients=trained,
+            optimizer=_bytes(self._optimizer_state()),
+            mean=0 if config.ema.decay is None else trained,
             largest_block=max(_bytes(block) for tower in model.towers.values() for block in _blocks(tower)),
         )
 
@@ -157,6 +160,9 @@ class Rehearsal:
         """What is there all the time."""
         yield from self.model.parameters()
         yield from self.model.buffers()
+        yield from self._optimizer_state()
+
+    def _optimizer_state(self) -> Iterator[Tensor]:
         for state in self.optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
 

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 NAMES = {
     "batch": "input batch",
     "optimizer": "optimizer state",
+    "mean": "mean of the weights",
     "checkpoint": "copy that is saved",
     "loss": "(the loss, in its turn)",
 }
@@ -87,9 +88,10 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     yield ""
     memory = plan["memory"]
     yield f"{'memory of each':24} {'GB':>9}"
-    parts = ("weights", "optimizer", "gradients", "batch", "features", "activations", "checkpoint", "peak", "loss")
-    for part in parts:
-        yield f"{NAMES.get(part, part):22} {memory[part] / 1e9:9.3f}"
+    parts = "weights optimizer mean gradients batch features activations checkpoint peak loss"
+    for part in parts.split():
+        if memory[part]:
+            yield f"{NAMES.get(part, part):22} {memory[part] / 1e9:9.3f}"
     yield f"to fill: {memory['budget'] / 1e9:.1f} GB, {config.memory_share:.0%} of {config.hardware.memory_gb:g}"
     for name, peak in plan["peak_by_grad_checkpointing"].items():
         yield f"peak {name} grad_checkpointing: {peak / 1e9:.3f} GB"
