@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -72,7 +73,7 @@ class Rehearsal:
     ) -> None:
         self.model, self.config, self.inputs, self.ranks = model, config, inputs, ranks
         self.context = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        self.float_norms = device == "cuda" and precision != "fp32"
+        self.on_gpu = device == "cuda" and precision != "fp32"
         self.fake = FakeTensorMode()
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
         with self.fake:
@@ -180,8 +181,8 @@ class Rehearsal:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            norms = _norms_in_float32() if self.float_norms else nullcontext()
-            with distributed.pretended(ranks), self.fake, norms:
+            kernels = _kernels_of_a_gpu() if self.on_gpu else nullcontext()
+            with distributed.pretended(ranks), self.fake, kernels:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -223,8 +224,13 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _norms_in_float32() -> Iterator[None]:
-    """What autocast does on GPUs, and not on CPUs."""
+def _kernels_of_a_gpu() -> Iterator[None]:
+    """Under autocast norms are in float32 there, and attention is fused, which training on a CPU has as products."""
+    attention = F.scaled_dot_product_attention
+
+    def fused(*args: Any, **named: Any) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return attention(*args, **named)
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, *args, **named: norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **named)
@@ -232,6 +238,7 @@ def _norms_in_float32() -> Iterator[None]:
     with (
         patch.object(F, "layer_norm", in_float32(F.layer_norm)),
         patch.object(F, "group_norm", in_float32(F.group_norm)),
+        patch.object(F, "scaled_dot_product_attention", fused),
     ):
         yield
 

@@ -61,6 +61,8 @@ class Attention(nn.MultiheadAttention):
             inputs = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
             projected = [F.linear(x, *affine) for x, *affine in inputs]
         q, k, v = (torch.unflatten(x, -1, of_head).transpose(1, 2) for x in projected)  # [n, heads, L, W / heads]
+        if query.device.type == "cpu" and q.dtype == torch.bfloat16:  # plain products would copy them in float32
+            q, k, v = (x.contiguous() for x in (q, k, v))
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = torch.unflatten(attn_mask, 0, (-1, self.num_heads))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask)
