@@ -52,6 +52,8 @@ class TrainerState(BaseModel):
     """What precision=auto means here."""
     total_steps: int
     step: int = 0
+    evaluated: bool = True
+    """Whether evaluations that are due at this step are in the log; if not, a run that continues begins with them."""
     best_of: str | None = None
     """The metric that checkpoints are judged by, and whether more of it is better: "eval/shapes/top1 max"."""
     best: float | None = None

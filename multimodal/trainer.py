@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multimodal import checkpoint, distributed, run_folder
 from multimodal.assemble import (
+    Evaluation,
     Problems,
     assemble,
     be_deterministic,
@@ -84,7 +85,7 @@ class Trainer:
         try:
             with losses_are_explained(self.config.timeout):
                 self._assemble(distributed.on_first_rank(self._open_folder))
-            if self.state.step >= self.state.total_steps:
+            if self.state.step >= self.state.total_steps and self.state.evaluated:
                 return distributed.on_first_rank(self._already_finished)
             return self._train()
         finally:
@@ -106,9 +107,10 @@ class Trainer:
                 closing(self._batches()) as batches,
             ):
                 self._loop(batches)
-            exit_code = 0
             status = "finished" if self.state.step == self.state.total_steps else "stopped"
-            return distributed.on_first_rank(lambda: self._summarise(status))
+            summary = distributed.on_first_rank(lambda: self._summarise(status))
+            exit_code = 0
+            return summary
         except BaseException:
             self._note_failure()
             raise
@@ -224,6 +226,8 @@ class Trainer:
         wanted = config.profile and self.first
         progress = Progress(config.run.name, state.step, state.total_steps, self.first)
         with progress, profiled(wanted, self.folder, self.device) as profile:
+            if not state.evaluated:
+                self._evaluate_and_save(save_is_due=False)
             while state.step < state.total_steps:
                 with span("data"), self.clock.waiting():
                     batch = next(batches)
@@ -231,7 +235,7 @@ class Trainer:
                 lr = self._set_lr()
                 measured = self._step(batch)
                 self.replay_error = torch.maximum(self.replay_error, measured.get("replay_error", self.replay_error))
-                state.step += 1
+                state.step, state.evaluated = state.step + 1, False
                 self.not_finite.note(state.step, batch, measured["finite"], measured.pop("finite_rows"))
                 with span("ema"):
                     self.ema.update(measured["updated"])
@@ -241,17 +245,15 @@ class Trainer:
 
                 with span("vote"):
                     stopping, save_is_due = self._vote(batch)
-                last = state.step == state.total_steps
-                if last or self._due(config.log.every):
+                if self._is_last() or self._due(config.log.every):
                     with span("log"):
                         measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
                         self._log_training(measured, lr, progress)
                 if stopping:
                     self._save(best=False)
                     self.saver.wait()  # evaluating may take longer than one is given
-                improved = self._evaluate(everything=last)
-                if last or improved or (save_is_due and not stopping):
-                    self._save(improved)
+                    save_is_due = bool(self._due_evaluations())
+                self._evaluate_and_save(save_is_due)
                 profile.step()
                 if stopping:
                     break
@@ -337,12 +339,24 @@ class Trainer:
 
     # --- evaluate and save ------------------------------------------------------------------------------------------
 
-    def _evaluate(self, everything: bool) -> bool:
-        """Run the evaluations that are due; whether the metric that checkpoints are judged by is the best so far."""
-        parts, best, mode = self.config.evals, self.config.checkpoint.best, self.config.checkpoint.mode
-        due = {name: run for name, run in self.evaluations.items() if everything or self._due(parts[name].every)}
-        if not due:
-            return False
+    def _is_last(self) -> bool:
+        return self.state.step == self.state.total_steps
+
+    def _due_evaluations(self) -> dict[str, Evaluation]:
+        parts = self.config.evals
+        return {name: run for name, run in self.evaluations.items() if self._is_last() or self._due(parts[name].every)}
+
+    def _evaluate_and_save(self, save_is_due: bool) -> None:
+        """The end of a step; a run continues here if it was saved before it came to its evaluations."""
+        due = self._due_evaluations()
+        improved = self._evaluate(due) if due else False
+        self.state.evaluated = True
+        if improved or save_is_due or self._is_last():
+            self._save(improved)
+
+    def _evaluate(self, due: dict[str, Evaluation]) -> bool:
+        """Whether the metric that checkpoints are judged by is the best so far."""
+        best, mode = self.config.checkpoint.best, self.config.checkpoint.mode
         self._require_sound()
         with self.clock.paused():
             values: dict[str, float] = {}
@@ -360,8 +374,9 @@ class Trainer:
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             if self.log is not None:
-                for name, path in write_figures(reports, self.folder / "figures"):
-                    self.log.figure(self.state.step, name, path)
+                with self._pictures_may_fail():
+                    for name, path in write_figures(reports, self.folder / "figures"):
+                        self.log.figure(self.state.step, name, path)
         improved = best is not None and self.state.improves(values.get(best, math.nan), mode)
         return distributed.total(improved)[0] > 0
 
@@ -374,6 +389,14 @@ class Trainer:
         """With what is kept elsewhere while training."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return self.state.model_copy(update={"skipped_updates": int(self.skipped), "grad_scaler": scaler})
+
+    @contextmanager
+    def _pictures_may_fail(self) -> Iterator[None]:
+        """A full disk costs them only."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("a figure of step %d cannot be written: %s", self.state.step, error)
 
     def _note_failure(self) -> None:
         if self.log is not None:
@@ -388,8 +411,9 @@ class Trainer:
         summary = self.log.summarise({"id": self.state.run_id, "status": status}, settings.best, settings.mode)
         if rows := self.log.rows:
             path = self.folder / "figures" / "curves.png"
-            path.parent.mkdir(exist_ok=True)
-            figures.curves(rows).savefig(path, dpi=120)
-            self.log.figure(self.state.step, "curves", path)
+            with self._pictures_may_fail():
+                path.parent.mkdir(exist_ok=True)
+                figures.curves(rows).savefig(path, dpi=120)
+                self.log.figure(self.state.step, "curves", path)
         logger.info("%s at step %d: %s", status, self.state.step, self.folder / METRICS)
         return summary

@@ -1,16 +1,19 @@
 """The laws of evaluations while training: they change nothing, and say which checkpoint is the best."""
 
+import errno
 import math
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TinyConfig
-from tiny_runs import named, rows, weights, with_checkpoint
+from conftest import Interrupt, TinyConfig
+from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
 
-from multimodal import checkpoint
+from multimodal import checkpoint, trainer
 from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
 from multimodal.parts import Encoder as EncoderContract
@@ -97,3 +100,52 @@ def test_a_crash_before_the_best_is_marked_does_not_forget_it(
     later = config.model_copy(update={"evals": {"it": Scripted(scores=(0.3, 0.2))}})
     Trainer(later).run()
     assert load_state(find(config.folder, "best")).step == 4
+
+
+class Told(Eval):
+    """Says something of the model."""
+
+    every: Cadence = Cadence.parse("3steps")
+
+    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+        return lambda model: Report({"sum": model.encode("text", ["a red circle"]).sum().item()})
+
+
+@pytest.mark.parametrize("ends", [3, 8])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_that_a_run_did_not_come_to_is_made_when_it_goes_on(
+    tiny_config: TinyConfig, interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch, ends: int, fails: bool
+) -> None:
+    config = tiny_config().model_copy(update={"evals": {"it": Told()}})
+    whole = with_checkpoint(named(config, "whole"), best=None)
+    parted = named(whole, "parted")
+    Trainer(whole).run()
+    with monkeypatch.context() as patch:
+
+        def happens() -> None:
+            kill(signal.SIGTERM)()
+            if fails:
+                patch.setattr(trainer, "evaluate", lambda *_: crash())
+
+        interrupt(ends, happens)
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            Trainer(parted).run()
+    assert steps(parted.folder) == [ends]
+    assert load_state(find(parted.folder)).evaluated != fails
+    assert Trainer(parted).run()["status"] == "finished"
+    assert [row["step"] for row in rows(parted) if "eval/it/sum" in row] == [3, 6, 8]
+    assert_same_run(parted, whole)
+
+
+def test_a_picture_that_cannot_be_written_costs_nothing_else(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = evaluated(tiny_config())
+    monkeypatch.setattr(trainer, "write_figures", full)
+    monkeypatch.setattr(trainer.figures, "curves", full)
+    assert Trainer(config).run()["status"] == "finished"
+    assert "a figure of step 2 cannot be written: [Errno 28] No space left on device" in caplog.text
+    assert len([row for row in rows(config) if "eval/it/top1" in row]) == len(SCORES)
