@@ -46,14 +46,20 @@ def profiled(
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it calls it an error that there is no GPU
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+    def tell(found: profile) -> None:
+        _tell(
+            found, folder / "profile", "" if device.type == "cpu" else " on the host, which waits for the GPU in some"
+        )
+
     when = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-    with profile(activities=activities, schedule=when, on_trace_ready=lambda p: _tell(p, folder / "profile")) as found:
+    with profile(activities=activities, schedule=when, on_trace_ready=tell) as found:
         yield found
     if found.step_num <= WAIT + WARMUP:
         logger.warning("profile=true: the run ended before step %d, the first that is recorded", WAIT + WARMUP + 1)
 
 
-def _tell(found: profile, folder: Path) -> None:
+def _tell(found: profile, folder: Path, where: str) -> None:
     folder.mkdir(exist_ok=True)
     trace = folder / "trace.json"
     found.export_chrome_trace(str(trace))
@@ -63,7 +69,7 @@ def _tell(found: profile, folder: Path) -> None:
     seconds = _seconds(found)
     write_json(folder / "spans.json", seconds)
     whole = seconds["step"]
-    logger.info("where the %.4g s of a step went; %s", whole, folder / "trace.json.gz")
+    logger.info("where the %.4g s of a step went%s; %s", whole, where, folder / "trace.json.gz")
     for name, part in seconds.items():
         logger.info("  %-10s %5.1f%% %9.2f ms", name, 100 * part / whole, 1000 * part)
 
