@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from multimodal.data.augment import Keep
 from multimodal.parts import TowerModule
@@ -154,6 +155,28 @@ def test_the_last_block_computes_one_token(module: TowerModule) -> None:
     inputs = pixels() if isinstance(module, ImageEncoder) else captions()
     module(inputs)
     assert seen == [17 if isinstance(module, ImageEncoder) else CONTEXT, 1]
+
+
+def _shares_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("module", [vit(), text()])
+def test_the_last_block_norms_and_projects_each_of_its_inputs_once(module: TowerModule) -> None:
+    seen: dict[str, list[int]] = {"norm": [], "product": []}
+    last = module.net.transformer.resblocks[-1]  # type: ignore[union-attr,index]
+    last.ln_1.register_forward_hook(lambda _, given, __: seen["norm"].append(given[0].shape[1]))
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.linear and _shares_memory(args[1], last.attn.in_proj_weight):
+                seen["product"].append(args[0].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        module(pixels() if isinstance(module, ImageEncoder) else captions())
+    tokens = 17 if isinstance(module, ImageEncoder) else CONTEXT
+    assert {name: sorted(lengths) for name, lengths in seen.items()} == {name: [1, tokens] for name in seen}
 
 
 @pytest.mark.parametrize("pool", ["avg", "attn"])

@@ -39,7 +39,10 @@ def adapt(blocks: nn.ModuleList, drop_path: float) -> None:
     for block in blocks:
         block.attn.__class__ = Attention
     _add_drop_path(blocks, drop_path)
-    blocks[-1].__dict__["ln_1_kv"] = blocks[-1].ln_1  # the norm of what it takes keys and values from; no child
+    last = blocks[-1]
+    last.attn.__class__ = LastAttention
+    last.attn.__dict__["norm"] = last.ln_1  # no child
+    last.ln_1_kv = nn.Identity()  # without one, open_clip's block takes keys and values from its queries
 
 
 class Attention(nn.MultiheadAttention):
@@ -54,9 +57,12 @@ class Attention(nn.MultiheadAttention):
         attn_mask: Tensor | None,  # [Q, K], or [n * heads, Q, K]; added to the logits
     ) -> tuple[Tensor, None]:
         """As torch's; weights are not told, and there is no dropout."""
-        weight, bias, of_head = self.in_proj_weight, self.in_proj_bias, (-1, self.head_dim)
+        weight, bias, width, of_head = self.in_proj_weight, self.in_proj_bias, self.embed_dim, (-1, self.head_dim)
         if query is key is value:
             projected = list(F.linear(query, weight, bias).chunk(3, -1))
+        elif key is value:
+            of_key = F.linear(key, weight[width:], bias[width:])
+            projected = [F.linear(query, weight[:width], bias[:width]), *of_key.chunk(2, -1)]
         else:
             inputs = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
             projected = [F.linear(x, *affine) for x, *affine in inputs]
@@ -67,6 +73,19 @@ class Attention(nn.MultiheadAttention):
             attn_mask = torch.unflatten(attn_mask, 0, (-1, self.num_heads))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+class LastAttention(Attention):
+    """Of one sequence to another, which is both keys and values, and which it norms, once, as the block its queries."""
+
+    norm: nn.Module
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: Literal[False], attn_mask: Tensor | None
+    ) -> tuple[Tensor, None]:
+        if query is not key:
+            key = value = self.norm(key)
+        return super().forward(query, key, value, need_weights, attn_mask)
 
 
 def _add_drop_path(blocks: nn.ModuleList, rate: float) -> None:
