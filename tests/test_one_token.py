@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.transformer import PatchDropout
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from multimodal.data.augment import Keep
 from multimodal.parts import TowerModule
@@ -216,3 +219,32 @@ def test_a_copy_has_weights_of_its_own(build: Any) -> None:
 def test_a_network_has_the_weights_of_open_clips_own_and_no_other() -> None:
     for name in vit().state_dict() | text().state_dict():
         assert "kv" not in name
+
+
+# --- patch dropout ----------------------------------------------------------------------------------------------------
+
+
+def test_patches_are_left_out_as_open_clip_does_bit_for_bit() -> None:
+    ours = vit(patch_dropout=0.4).train().net.patch_dropout  # type: ignore[union-attr]
+    theirs = PatchDropout(0.4)
+    x = torch.randn(3, 17, 16)
+    for training in (True, False):
+        made = []
+        for module in (ours.train(training), theirs.train(training)):  # type: ignore[operator,union-attr]
+            torch.manual_seed(5)
+            made.append(module(x))
+        assert torch.equal(*made)
+        assert made[0].shape[1] == (10 if training else 17)
+
+
+def test_patches_are_drawn_on_the_device_of_the_images() -> None:
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            assert all(x.device.type == "meta" for x in tree_leaves(output) if isinstance(x, Tensor)), func
+            return output
+
+    module = vit(patch_dropout=0.4).train().net.patch_dropout  # type: ignore[union-attr]
+    x = torch.empty(3, 17, 16, device="meta")
+    with Devices():
+        module(x)  # type: ignore[operator]

@@ -20,6 +20,24 @@ from multimodal.towers.transformer import (
 )
 
 
+class PatchDropout(nn.Module):
+    """Open_clip's draws on the CPU, and a GPU waits for it: this one draws the same on the device of its input."""
+
+    prob: float
+
+    def forward(
+        self,
+        x: Tensor,  # [n, 1 + P, W]
+    ) -> Tensor:  # [n, 1 + K, W]
+        """The class token and, in training, some of the patches, others for each image."""
+        if not self.training:
+            return x
+        count, patches = x.shape[0], x.shape[1] - 1
+        kept = torch.randn(count, patches, device=x.device).topk(max(1, int(patches * (1 - self.prob)))).indices
+        rows = torch.arange(count, device=x.device)[:, None]
+        return torch.cat([x[:, :1], x[:, 1:][rows, kept]], dim=1)
+
+
 class ViTEncoder(ImageEncoder):
     """The network is open_clip's `VisionTransformer` without its projection."""
 
@@ -109,6 +127,8 @@ class ViT(ImageTower):
             norm_layer=norm_layer(self.norm_eps),
         )
         net.proj = None
+        if self.patch_dropout:
+            net.patch_dropout.__class__ = PatchDropout
         net.set_grad_checkpointing(self.grad_checkpointing)
         adapt(net.transformer.resblocks, self.drop_path)
         return ViTEncoder(net, projection(self.projection, width, embed_dim), width, self.mean, self.std)
