@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,10 @@ FOUND = "micro_batch_size.json"
 """In a run's folder: what micro_batch_size=auto has found."""
 SHARE = 0.8
 """Of the free memory that may be used; the rest is for what libraries keep for themselves, and for fragments."""
-BESIDE = 3
-"""Times the trained weights that must fit beside a pass and its gradients: two moments, and room for an update."""
+MOMENTS = 2
+"""Times the trained weights that an optimizer keeps, at most."""
+BESIDE = MOMENTS + 1
+"""Times the trained weights that must fit beside a pass and its gradients: moments, and room for an update."""
 PROBES = (2, 4)
 """Rows that are tried; what a forward pass keeps of one more row is their difference."""
 USED_UP = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
@@ -98,17 +100,18 @@ def check_micro_batches(model: Model, config: TrainConfig) -> None:
         )
 
 
-def kept_micro_batch(
-    folder: Path, model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast
-) -> int:
+def kept_micro_batch(config: TrainConfig, model: Model, batch: Batch, context: torch.autocast) -> int:
     """What `auto` means in a run: found at its first step, kept in its folder, and the same whenever it goes on.
 
-    On other ranks or another device it is found anew.
+    On other ranks, or where one of them has another device than the first had, it is found anew.
     """
-    file, rows, device = folder / FOUND, len(batch.indices), _name(model.logit_scale.device)
+    file, rows, device = config.folder / FOUND, len(batch.indices), _name(model.logit_scale.device)
     kept = distributed.on_first_rank(lambda: json.loads(file.read_text()) if file.exists() else {})
-    if (kept.get("rows"), kept.get("device")) != (rows, device):
-        size = micro_batch_that_fits(model, losses, batch, context)
+    same = (kept.get("rows"), kept.get("device")) == (rows, device)
+    if not distributed.smallest(int(same)):  # ranks search together, or none does
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        copied = checkpoint_copy(config, model, MOMENTS * trained) if model.logit_scale.device.type == "cpu" else 0
+        size = micro_batch_that_fits(model, config.loss, batch, context, copied)
         kept = {"micro_batch_size": size, "rows": rows, "device": device}
         distributed.on_first_rank(lambda: write_json(file, kept))
     logger.info("micro_batch_size=auto: %d of %d rows at a time", kept["micro_batch_size"], rows)
@@ -119,18 +122,30 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def micro_batch_that_fits(model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast) -> int:
+def checkpoint_copy(config: TrainConfig, model: Model, optimizer: int) -> int:
+    """Bytes of all that is saved, whole also where it is sharded; 0 where no step is taken meanwhile."""
+    settings = config.checkpoint
+    if not settings.background or (settings.every.unit == "never" and settings.best is None):
+        return 0
+    weights: int = sum(x.nbytes for x in model.state_dict().values())
+    return weights * (1 if config.ema.decay is None else 2) + optimizer
+
+
+def micro_batch_that_fits(
+    model: Model, losses: Mapping[str, Loss], batch: Batch, context: torch.autocast, copied: int = 0
+) -> int:
     """All rows of the batch, or the largest power of two whose activations fit, on all ranks; RunError if none do.
 
     A few rows say where to begin; a pass over as many as are then chosen says whether they fit, beside features and
-    losses of the whole batch. With a batch norm that is trained it is all rows, as nothing less will do.
+    losses of the whole batch, and the bytes that are `copied` for a checkpoint. With a batch norm that is trained it is
+    all rows, as nothing less will do.
     """
     rows = len(batch.indices)
     batch = replace(batch, lengths={})  # another one may have captions that fill the context
     if rows <= PROBES[-1] or trained_batch_norms(model):
         return rows
     held = sum(distributed.local(p).nbytes for p in model.parameters() if p.requires_grad)
-    budget = int(SHARE * free_bytes(model.logit_scale.device)) - BESIDE * held
+    budget = int(SHARE * free_bytes(model.logit_scale.device)) - BESIDE * held - copied
     with buffers_left_alone(model):
         try:
             # Sharded, ranks wait for each other in every pass: they go through the same ones.
@@ -232,13 +247,23 @@ def _is_used_up(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def running_out_is_explained(micro_batch_size: int | None, rows: int, global_batch_size: int) -> Iterator[None]:
+def running_out_is_explained(
+    micro_batch_size: int | Literal["auto"] | None,  # auto while it is searched for
+    rows: int,
+    global_batch_size: int,
+) -> Iterator[None]:
     """Turn what torch says when memory is used up into a RunError that says what can be done."""
     try:
         yield
     except RuntimeError as error:
         if not _is_used_up(error):
             raise
+        of_all = f"the {rows} that this rank has of global_batch_size={global_batch_size}"
+        if micro_batch_size == "auto":
+            raise RunError(
+                f"out of memory in the search for a micro_batch_size: a row, or features and losses of {of_all}, do "
+                "not fit. A smaller global_batch_size or model, or more ranks, takes less memory"
+            ) from error
         at_a_time = min(micro_batch_size or rows, rows)
         way_out = "A smaller model, or grad_checkpointing of a tower, takes less memory"
         if at_a_time > 1:
@@ -246,7 +271,4 @@ def running_out_is_explained(micro_batch_size: int | None, rows: int, global_bat
                 f"A smaller micro_batch_size, such as {at_a_time // 2}, computes the same with less memory (not with "
                 "batch norm, which needs the whole batch)"
             )
-        raise RunError(
-            f"out of memory with {at_a_time} rows at a time, of the {rows} that this rank has of "
-            f"global_batch_size={global_batch_size}. {way_out}"
-        ) from error
+        raise RunError(f"out of memory with {at_a_time} rows at a time, of {of_all}. {way_out}") from error

@@ -21,7 +21,7 @@ from multimodal.assemble import Problems, assemble_outline
 from multimodal.config import Findings, TrainConfig
 from multimodal.data.loader import Reader
 from multimodal.hardware import Hardware
-from multimodal.memory import check_micro_batches
+from multimodal.memory import check_micro_batches, checkpoint_copy
 from multimodal.rehearsal import Rehearsal
 from multimodal.towers.batch_norm import trained_batch_norms
 
@@ -201,6 +201,7 @@ class Planner:
             weights += 2 * resident.largest_block
             on_the_way += gradients
         features = self.rows * per_row * (1 if whole else 2)
+        on_a_cpu = self.config.hardware.device == "cpu"  # elsewhere the copy is in the memory of the host
         return Memory(
             weights=weights,
             optimizer=optimizer,
@@ -209,7 +210,7 @@ class Planner:
             batch=rehearsal.bytes_of(self.rows),
             features=features,
             activations=on_the_way - gradients - features,
-            checkpoint=self._checkpoint_copy(),
+            checkpoint=checkpoint_copy(self.config, rehearsal.model, resident.optimizer) if on_a_cpu else 0,
             loss=self._loss.peak,
         )
 
@@ -248,15 +249,6 @@ class Planner:
             yield f"num_gpus={self.config.global_batch_size // whole}"
         if self.config.sharding == "none" and self.ranks > 1 and self.fits(self.memory(size, "full")):
             yield "sharding=full"
-
-    def _checkpoint_copy(self) -> int:
-        """Bytes of all that is saved, whole also where it is sharded; 0 where no step is taken meanwhile."""
-        settings = self.config.checkpoint
-        during = settings.background and (settings.every.unit != "never" or settings.best is not None)
-        if not during or self.config.hardware.device != "cpu":
-            return 0
-        weights: int = sum(x.nbytes for x in self.rehearsal.model.state_dict().values())
-        return weights * (1 if self.config.ema.decay is None else 2) + self.rehearsal.resident.optimizer
 
     def _towers(self) -> list[Any]:
         return list(self.config.towers.values())

@@ -263,10 +263,12 @@ class Trainer:
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         config, state, context = self.config, self.state, self.assembled.context
+        rows = len(batch.indices), config.global_batch_size
         if self.micro_batch_size == "auto":
-            self.micro_batch_size = kept_micro_batch(self.folder, self.model, config.loss, batch, context)
+            with running_out_is_explained("auto", *rows):
+                self.micro_batch_size = kept_micro_batch(config, self.model, batch, context)
         size = self.micro_batch_size
-        with running_out_is_explained(size, len(batch.indices), config.global_batch_size):
+        with running_out_is_explained(size, *rows):
             return training_step(
                 self.model,
                 config.loss,

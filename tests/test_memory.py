@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import TinyConfig
 from test_micro_batches import FP32, INPUTS, SEED, WIDTH, Noisy, Recorder, model
+from test_ranks import on_ranks
 from torch import Tensor, nn
 
-from multimodal import memory
+from multimodal import distributed, memory
 from multimodal.batch import Batch, Features
 from multimodal.config import RunError, TrainConfig
 from multimodal.losses.infonce import InfoNCE
@@ -193,3 +194,65 @@ def test_the_trainer_finds_a_size_once_and_computes_the_same_with_it(
         steps = 10 + len(calls)
         Trainer(tiny_config("run.name=auto", "micro_batch_size=auto", f"duration={steps}steps")).run()
     assert calls == [16, 16, 16], "on other ranks, or another device, it is found anew"
+
+
+def test_running_out_in_the_search_is_explained(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used_up(*_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "_batch_bytes", used_up)
+    with pytest.raises(RunError, match=r"search for a micro_batch_size.*global_batch_size=16"):
+        Trainer(tiny_config("micro_batch_size=auto", "duration=1steps")).run()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "copies"),
+    [
+        (("checkpoint.every=2steps",), 1),
+        (("checkpoint.every=2steps", "ema.decay=0.9"), 2),
+        (("checkpoint.every=2steps", "checkpoint.background=false"), 0),
+        (("checkpoint.every=never", "checkpoint.best=null"), 0),
+    ],
+)
+def test_the_search_leaves_room_for_the_copy_that_is_saved(
+    knobs: tuple[str, ...], copies: int, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, (one, data) = tiny_config(*knobs), deep()
+    config.folder.mkdir(parents=True)
+    budgets = []
+
+    def sizes(*arguments: Any) -> list[int]:
+        budgets.append(arguments[-1])
+        return [1]
+
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(memory, "_batch_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "_sizes", sizes)
+    memory.kept_micro_batch(config, one, data, FP32)
+    micro_batch_that_fits(one, config.loss, data, FP32)
+    trained = sum(p.nbytes for p in one.parameters() if p.requires_grad)
+    weights = sum(x.nbytes for x in one.state_dict().values())
+    assert budgets[1] - budgets[0] == (copies * weights + 2 * trained if copies else 0)
+
+
+def _search_with_other_devices(config: TrainConfig) -> tuple[int, int]:
+    """What a rank takes, and how often it searched, where only the first has the device that is written down."""
+    searches = []
+
+    def find(*_: Any) -> int:
+        searches.append(1)
+        return distributed.smallest(4 + distributed.rank())
+
+    memory.micro_batch_that_fits = find  # type: ignore[assignment]
+    memory._name = lambda device: f"device {distributed.rank()}"
+    one, data = deep(16)
+    return memory.kept_micro_batch(config, one, data, FP32), len(searches)
+
+
+@pytest.mark.slow
+def test_ranks_search_together_where_their_devices_differ(tiny_config: TinyConfig) -> None:
+    config = tiny_config()
+    config.folder.mkdir(parents=True)
+    kept = {"micro_batch_size": 8, "rows": 16, "device": "device 0"}
+    (config.folder / "micro_batch_size.json").write_text(json.dumps(kept))
+    assert on_ranks(2, _search_with_other_devices, config) == [(4, 1), (4, 1)]
