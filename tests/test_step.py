@@ -2,8 +2,9 @@
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from test_one_token import captions, pixels, text, vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from multimodal.assemble import Assembled
 from multimodal.batch import Batch, Features
 from multimodal.config import ModelSection
+from multimodal.losses import logsumexp
 from multimodal.losses.infonce import InfoNCE
+from multimodal.losses.sigmoid import Sigmoid
 from multimodal.model import Model
 from multimodal.optim import AdamW, parameter_groups
 from multimodal.optimizers.lion import Lion
@@ -361,3 +365,70 @@ def test_in_a_step_towers_may_multiply_in_tf32_and_losses_never_do(size: int | N
     on = context is ON_A_GPU
     assert seen == {"tower, there": {on}, "tower, back": {on}, "loss, there": {False}, "loss, back": {False}}
     assert not tf32()
+
+
+# --- nothing waits for the device -------------------------------------------------------------------------------------
+
+READS = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "equal",
+        "nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+    )
+)
+"""What a device is asked for, a value or how many there are; copies from one device to another cannot be seen here."""
+
+
+class Reads(TorchDispatchMode):
+    """Counts questions about values, by whether the losses ask them or somebody else.
+
+    Losses ask where `_answers_at_once`, which is never on a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_losses, self.others = 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)]
+        if str(func.overloadpacket) in READS or (str(func).startswith("aten.index") and masks):
+            asking = {frame.name for frame in traceback.extract_stack()}
+            if asking & {"_add_together", "_weights_together"}:
+                self.of_losses += 1
+            else:
+                self.others.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("build", [adamw, lion, muon])
+def test_nothing_on_the_way_of_a_step_waits_for_the_device(
+    build: Build, size: int | None, with_lengths: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = {"image": vit(patch_dropout=0.5, drop_path=0.5), "text": text(drop_path=0.5)}
+    section = {"embed_dim": 8, "logit_scale": 10.0, "max_logit_scale": 100.0, "learn_logit_scale": True}
+    model = Model(towers, ModelSection(**section, logit_bias=-10.0)).train()
+    inputs = {"image": pixels(), "text": captions()[:4]}
+    lengths = model.lengths(inputs) if with_lengths else {}
+    assert len(lengths) == with_lengths
+    data = Batch(inputs, torch.arange(4), ids={"caption": torch.tensor([0, 1, 0, 2])}, lengths=lengths)
+    kinds: tuple[Literal["positive", "masked"], ...] = ("positive", "masked")
+    losses: dict[str, Loss] = {"infonce": InfoNCE(), "sigmoid": Sigmoid()}
+    losses |= {f"infonce {kind}": InfoNCE(duplicates=kind, label_smoothing=0.1) for kind in kinds}
+    losses |= {f"sigmoid {kind}": Sigmoid(duplicates=kind) for kind in kinds}
+    optimizer = build(model)
+    for on_a_gpu in (False, True):
+        if on_a_gpu:
+            monkeypatch.setattr(logsumexp, "_answers_at_once", lambda x: False)
+        with Reads() as reads:
+            measured = training_step(model, losses, optimizer, data, FP32, 1.0, size, (0, 0))
+        assert measured["updated"] == 1
+        assert reads.others == []
+        assert (reads.of_losses == 0) == on_a_gpu
