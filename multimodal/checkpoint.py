@@ -5,6 +5,7 @@ one, `optimizer.safetensors`, `state.json`, `config.yaml`, what preprocessors ha
 in `SHA256SUMS`; `checkpoints/best` points to the best of them.
 """
 
+import logging
 import math
 import os
 import re
@@ -26,7 +27,11 @@ from multimodal.data.loader import Reader
 from multimodal.ema import Ema
 from multimodal.model import Model
 
+logger = logging.getLogger(__name__)
+
 FOLDER, BEST = "checkpoints", "best"
+PARTIAL = ".partial-"
+"""Begins the name of what is being written or deleted."""
 REPLACED = ".replaced-"
 """Begins the name of a checkpoint while another one of its step takes its place."""
 Shape = tuple[int, ...]
@@ -35,8 +40,6 @@ WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 FILES: dict[Weights, str] = {"raw": WEIGHTS, "ema": "ema.safetensors"}
 UNSOUND = (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, OverflowError, MemoryError)
 """What reading a safetensors file that is none ends in."""
-UNWRITTEN = (OSError, SafetensorError)
-"""What writing ends in where it cannot be done."""
 RUNNABLE = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".py", ".pyc", ".so"})
 """Endings of files that may hold code."""
 
@@ -123,10 +126,15 @@ def whole_tensors(
 
 
 def _whole(tensors: Mapping[str, Tensor], copy: bool) -> Iterator[tuple[str, Tensor]]:
+    """Contiguous, and none in the memory of another, as safetensors wants them."""
+    seen: set[int] = set()
     for name, tensor in tensors.items():
         whole = distributed.whole(tensor)
         if distributed.rank() == 0:
-            yield name, whole.to("cpu", copy=copy, memory_format=torch.contiguous_format)
+            whole = whole.to("cpu", copy=copy, memory_format=torch.contiguous_format).contiguous()
+            place = whole.untyped_storage().data_ptr()
+            yield name, whole.clone() if place in seen else whole
+            seen.add(place)
 
 
 def save(
@@ -137,8 +145,7 @@ def save(
     config: str,
 ) -> None:
     """Write the checkpoint of `state.step` under a temporary name, flush it to disk, then rename it."""
-    target = step_folder(run, state.step)
-    partial = target.with_name(f".partial-{target.name}")
+    target, partial = step_folder(run, state.step), _partial(run, state.step)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / "state.json").write_text(state.model_copy(update={"checksums": True}).model_dump_json(indent=2))
@@ -158,12 +165,22 @@ def save(
         target.rename(replaced)
     partial.rename(target)
     _flush(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def discard(run: Path, step: int) -> None:
+    """Delete what there is of a checkpoint that could not be written."""
+    _remove(_partial(run, step))
+
+
+def _partial(run: Path, step: int) -> Path:
+    return run / FOLDER / f"{PARTIAL}{step_folder(run, step).name}"
 
 
 def mark_best(run: Path, step: int) -> None:
     """Let `checkpoints/best` point to the checkpoint of a step."""
-    partial = run / FOLDER / f".partial-{BEST}"
+    partial = run / FOLDER / f"{PARTIAL}{BEST}"
     partial.unlink(missing_ok=True)
     partial.symlink_to(step_folder(run, step).name)
     partial.replace(run / FOLDER / BEST)
@@ -178,11 +195,20 @@ def prune(run: Path, keep: int) -> None:
             _remove(step_folder(run, step))
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill half way does not leave one that looks complete."""
-    doomed = folder.with_name(f".partial-old-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one; what cannot be deleted is left for the next start, with a warning.
+
+    Neither a kill nor an error half way leaves one that looks complete.
+    """
+    try:
+        if not path.name.startswith(PARTIAL):
+            path = path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s cannot be deleted, and is left for the next start: %s", path, error)
 
 
 def clean(run: Path) -> None:
@@ -190,14 +216,11 @@ def clean(run: Path) -> None:
     for path in (run / FOLDER).glob(f"{REPLACED}*"):
         target = path.with_name(path.name.removeprefix(REPLACED))
         if target.exists():
-            shutil.rmtree(path)
+            _remove(path)
         else:
             path.rename(target)
-    for path in (run / FOLDER).glob(".partial-*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for path in (run / FOLDER).glob(f"{PARTIAL}*"):
+        _remove(path)
 
 
 def set_aside(run: Path, step: int) -> None:

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ from multimodal.files import write_json
 logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, DIFF = "config.yaml", "environment.json", "uncommitted.diff"
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """Turn what file systems say into a RunError that names the folder and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"the run's folder {folder} cannot be made ready: {error}") from error
 
 
 def find_last(config: TrainConfig) -> Path | None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,11 +28,19 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / NAME
+        self.write: Future[None] | None = None  # to the folder, that was begun last
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.descriptor = self._open()
+            try:
+                self._sign()
+            except OSError:
+                self.release()
+                raise
         except OSError as error:
             raise ConfigError([("paths.runs", f"{folder} cannot be written: {error.strerror}")]) from None
+
+    def _sign(self) -> None:
         os.truncate(self.descriptor, 0)
         os.write(self.descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
@@ -64,7 +73,12 @@ class RunLock:
             return False
 
     def release(self) -> None:
-        """Let others have the run; a folder with nothing else in it goes too."""
+        """Let others have the run, unless a write is under way: then the kernel does, when the process has ended.
+
+        A folder with nothing else in it goes too.
+        """
+        if self.write is not None and not self.write.done():
+            return
         self.file.unlink(missing_ok=True)
         os.close(self.descriptor)
         with suppress(OSError):

@@ -13,6 +13,7 @@ from multimodal.checkpoint import TrainerState
 from multimodal.config import RunError, TrainConfig
 from multimodal.data.loader import Reader
 from multimodal.ema import Ema
+from multimodal.run_lock import RunLock
 from multimodal.tracker import RunLog
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,17 @@ Files = Mapping[str, Mapping[str, Tensor]]
 class Saver:
     """Writes what stood when it was asked to. To be closed before the run's folder is let go."""
 
-    def __init__(self, config: TrainConfig, readers: Mapping[str, Reader]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        readers: Mapping[str, Reader],
+        lock: RunLock | None,  # the first rank's, on the folder
+    ) -> None:
         self.folder, self.settings = config.folder, config.checkpoint
-        self.config, self.readers = run_folder.config_text(config), readers
+        self.config_text, self.readers, self.lock = run_folder.config_text(config), readers, lock
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.last = time.monotonic()  # that one was begun
-        self.write: Future[None] | None = None  # that is under way, or ended and nobody has asked how
+        self.pending: Future[None] | None = None  # that is under way, or ended and nobody has asked how
 
     def save(
         self,
@@ -61,7 +67,7 @@ class Saver:
     @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written, which `wait` tells all ranks."""
-        return self.write is not None and self.write.done() and self.write.exception() is not None
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
         """Until what was begun is on the disk; RunError on all ranks if it cannot be written."""
@@ -79,24 +85,36 @@ class Saver:
             logger.error("%s", error)
 
     def _wait(self) -> None:
-        if self.write is not None:
-            wait([self.write])
-            write, self.write = self.write, None
-            write.result()
+        if self.pending is not None:
+            wait([self.pending])
+            ended, self.pending = self.pending, None
+            ended.result()
 
     def _start(self, state: TrainerState, files: Files, log: RunLog, best: bool) -> None:
-        assert self.write is None
+        assert self.pending is None
         stored = state.model_copy(update={"log_bytes": log.length})
-        self.write = self.thread.submit(self._write, stored, files, log, best)
+        self.pending = self.thread.submit(self._write, stored, files, log, best)
+        if self.lock is not None:
+            self.lock.write = self.pending
 
     def _write(self, state: TrainerState, files: Files, log: RunLog, best: bool) -> None:
         try:
             log.flush()
-            checkpoint.save(self.folder, state, files, self.readers, self.config)
-            if best:
-                checkpoint.mark_best(self.folder, state.step)
-            checkpoint.prune(self.folder, self.settings.keep)
-        except checkpoint.UNWRITTEN as error:
-            checkpoint.clean(self.folder)
-            told = f"the checkpoint of step {state.step} cannot be written to {self.folder}: {error}"
+            checkpoint.save(self.folder, state, files, self.readers, self.config_text)
+        except Exception as error:  # preprocessors, which may be anybody's, raise anything
+            checkpoint.discard(self.folder, state.step)
+            reason = f"{type(error).__name__}: {error}"
+            told = f"the checkpoint of step {state.step} cannot be written to {self.folder}: {reason}"
             raise RunError(f"{told}. Those from before stay as they are, and the same command continues") from error
+        if best:
+            self._mark_best(state.step)
+        checkpoint.prune(self.folder, self.settings.keep)
+
+    def _mark_best(self, step: int) -> None:
+        try:
+            checkpoint.mark_best(self.folder, step)
+        except OSError as error:
+            told = (
+                f"the checkpoint of step {step} in {self.folder} is written, but cannot be marked as the best: {error}"
+            )
+            raise RunError(f"{told}. The same command marks it and continues") from error

@@ -84,7 +84,7 @@ class Trainer:
         distributed.start(self.device, self.config.timeout.seconds)
         try:
             with losses_are_explained(self.config.timeout):
-                self._assemble(distributed.on_first_rank(self._open_folder))
+                self._assemble(distributed.on_first_rank(run_folder.opening(self.folder)(self._open_folder)))
             if self.state.step >= self.state.total_steps and self.state.evaluated:
                 return distributed.on_first_rank(self._already_finished)
             return self._train()
@@ -97,9 +97,9 @@ class Trainer:
         exit_code = 1
         try:
             with losses_are_explained(self.config.timeout):
-                distributed.on_first_rank(self._open_log)
+                distributed.on_first_rank(run_folder.opening(self.folder)(self._open_log))
                 self.kept = keep_features(self.config, self.assembled, self.source)
-            self.saver = Saver(self.config, self.assembled.readers)
+            self.saver = Saver(self.config, self.assembled.readers, self.lock)
             with (
                 self.stop_signal.heeded(),
                 closing(self.saver),

@@ -4,7 +4,8 @@
 
 A life is a fork of this process, which has imported everything already. A third of the kills come at a random time,
 the others when a checkpoint is being written or deleted; what a kill leaves behind says which hit. After each one all
-checkpoints must be sound, and none that was there may be gone. At the end weights, their mean, optimizer, state and
+checkpoints must be sound, the best must be marked if it was, and of the newest ones that were to be kept none may be
+gone but for as many newer ones. At the end weights, their mean, optimizer, state and
 all numbers of the log but clocks must be equal to the last bit.
 """
 
@@ -164,7 +165,7 @@ def kill_and_compare(runs: Path, kills: int, seed: int) -> Counter[str]:
     begun = time.monotonic()
     to_the_end(begin(whole, log))
     life = (time.monotonic() - begun) / 2
-    expected, newest = outcome(whole), 0
+    expected, before, had_best = outcome(whole), list[int](), False
     while True:
         config = killed.model_copy(update={"workers": found["kills"] % 2})
         pid = begin(config, log)
@@ -172,7 +173,7 @@ def kill_and_compare(runs: Path, kills: int, seed: int) -> Counter[str]:
             assert (wrong := differences(outcome(config), expected)) == [], wrong
             assert hidden(config.folder) == []
             found["runs"] += 1
-            newest = 0
+            before, had_best = [], False
             shutil.rmtree(config.folder)
             if found["kills"] >= kills:
                 return found
@@ -187,8 +188,12 @@ def kill_and_compare(runs: Path, kills: int, seed: int) -> Counter[str]:
         found["before the first checkpoint"] += not saved
         for step in saved:
             checkpoint.verify(checkpoint.step_folder(config.folder, step))
-        assert max([*saved, 0]) >= newest, f"step {newest} was saved, and is gone: {saved}"
-        newest = max([*saved, newest])
+        keep = config.checkpoint.keep
+        gone = [step for step in before[-keep:] if step not in saved and sum(other > step for other in saved) < keep]
+        assert not gone, f"{gone} were saved, and are gone: {before}, then {saved}"
+        has_best = (config.folder / checkpoint.FOLDER / checkpoint.BEST).exists()  # it is a link
+        assert has_best or not had_best, "the best was marked, and is no more"
+        before, had_best = saved, has_best
 
 
 if __name__ == "__main__":

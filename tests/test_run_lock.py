@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,26 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_start(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"paths\.runs: .*file/run cannot be written: Not a directory"):
         RunLock(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_told_with_the_folder_and_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        with pytest.raises(ConfigError, match=rf"{tmp_path}/run cannot be written: No space left on device"):
+            RunLock(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_while_a_write_is_under_way_a_lock_is_not_released(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.write = Future()
+    lock.release()
+    assert os.path.samestat(os.fstat(lock.descriptor), (tmp_path / NAME).stat())
+    lock.write.set_result(None)
+    lock.release()
+    assert not tmp_path.exists()

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -17,11 +18,14 @@ from conftest import Interrupt, TinyConfig
 from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
 from torch import Tensor
 
-from multimodal import checkpoint
-from multimodal.checkpoint import find, load_state, steps
+from multimodal import checkpoint, run_lock
+from multimodal.checkpoint import TrainerState, find, load_state, steps
 from multimodal.config import RunError, TrainConfig
+from multimodal.ema import Ema
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report
+from multimodal.saving import Saver
+from multimodal.towers.text import TextPreprocessor
 from multimodal.tracker import RunLog
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
@@ -110,28 +114,77 @@ def test_what_goes_on_from_a_write_that_training_overtook_is_the_run_that_never_
     assert_same_run(parted, whole)
 
 
-def test_one_checkpoint_is_written_at_a_time(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, most = [0], [0]
-    original = checkpoint.save
+def test_one_checkpoint_is_written_at_a_time(
+    tiny_config: TinyConfig, on_write: OnWrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, returned, writing = threading.Event(), threading.Event(), threading.Event()
+    returned_too_soon: list[bool] = []
+    save, copies = Saver.save, checkpoint.whole_tensors
 
-    def save(*arguments: Any) -> None:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        original(*arguments)
-        inside[0] -= 1
-
-    copies = checkpoint.whole_tensors
+    def saved(saver: Saver, state: TrainerState, *arguments: Any) -> None:
+        if state.step == 2:
+            asked.set()
+        save(saver, state, *arguments)
+        if state.step == 2:
+            returned.set()
 
     def copied(*arguments: Any, **named: Any) -> Any:
-        assert inside[0] == 0, "a second copy while the first is written"
+        assert not writing.is_set(), "a second copy while the first is written"
         return copies(*arguments, **named)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    def held(step: int) -> None:
+        if step == 1:
+            writing.set()
+            assert asked.wait(SECONDS)
+            returned_too_soon.append(returned.wait(0.3))
+            writing.clear()
+
+    monkeypatch.setattr(Saver, "save", saved)
     monkeypatch.setattr(checkpoint, "whole_tensors", copied)
+    on_write(held)
     config = every(tiny_config(), 1)
     Trainer(config).run()
-    assert most == [1]
+    assert returned_too_soon == [False]
+    assert returned.is_set()
     assert steps(config.folder) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_tied_and_transposed_weights_are_saved(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    kept, state_dicts = torch.rand(3, 2), Ema.state_dicts
+    odd = {"one": kept, "tied": kept, "row": kept[1], "transposed": kept.T}
+    monkeypatch.setattr(Ema, "state_dicts", lambda ema: {kind: own | odd for kind, own in state_dicts(ema).items()})
+    config = with_checkpoint(tiny_config(), background=background)
+    Trainer(config).run()
+    stored = weights(config)
+    for name, value in odd.items():
+        assert torch.equal(stored[name], value), name
+
+
+def test_a_run_whose_end_is_cut_short_keeps_its_lock_until_the_write_has_ended(
+    tiny_config: TinyConfig, interrupt: Interrupt, on_write: OnWrite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, let_go = every(tiny_config(), 2), threading.Event()
+
+    def impatient(_: Saver) -> None:
+        raise KeyboardInterrupt
+
+    interrupt(4, crash)
+    on_write(lambda _: None if let_go.wait(SECONDS) else crash())
+    monkeypatch.setattr(Saver, "_settle", impatient)
+    one = Trainer(config)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    held = (config.folder / run_lock.NAME).exists()
+    let_go.set()
+    one.saver.thread.shutdown()
+    assert held
+    assert steps(config.folder) == [2]
+    assert one.lock is not None
+    one.lock.release()
+    assert not (config.folder / run_lock.NAME).exists()
 
 
 def test_a_run_ends_when_its_last_write_has(
@@ -194,7 +247,7 @@ def test_a_write_that_fails_ends_the_run_at_the_next_vote(
 ) -> None:
     config = every(tiny_config(), 5)
     one = Trainer(config)
-    interrupt(7, lambda: wait([one.saver.write] if one.saver.write else [], SECONDS) and None)
+    interrupt(7, lambda: wait([one.saver.pending] if one.saver.pending else [], SECONDS) and None)
     on_write(full(5))
     with pytest.raises(RunError, match=rf"step 5 cannot be written to {config.folder}: .*No space left on device"):
         one.run()
@@ -251,3 +304,81 @@ def test_a_write_that_fails_while_the_run_ends_for_another_reason_is_told_too(
     with pytest.raises(ZeroDivisionError):
         Trainer(config).run()
     assert f"the checkpoint of step 4 cannot be written to {config.folder}" in caplog.text
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_left_with_a_warning(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove = shutil.rmtree
+
+    def refuse(path: Path, **how: Any) -> None:
+        if "partial-old" in path.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, **how)
+
+    config = with_checkpoint(tiny_config("duration=4steps"), every=Cadence.parse("1steps"), keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        assert Trainer(config).run()["status"] == "finished"
+        Trainer(config).run()  # a start
+    assert steps(config.folder) == [3, 4]
+    for step in (1, 2):
+        left = config.folder / "checkpoints" / f".partial-old-step-0000000{step}"
+        assert f"{left} cannot be deleted, and is left for the next start: " in caplog.text
+    Trainer(config).run()
+    assert sorted(path.name[-2:] for path in (config.folder / "checkpoints").iterdir()) == ["03", "04"]
+
+
+def test_a_write_that_fails_deletes_nothing_but_what_there_is_of_it(tiny_config: TinyConfig, on_write: OnWrite) -> None:
+    config = every(tiny_config(), 2)
+    others = config.folder / "checkpoints" / ".partial-step-00000099"
+
+    def fail(step: int) -> None:
+        if step == 4:
+            others.mkdir()
+        full(4)(step)
+
+    on_write(fail)
+    with pytest.raises(RunError, match="step 4 cannot be written"):
+        Trainer(config).run()
+    assert sorted(path.name for path in others.parent.iterdir()) == [others.name, "step-00000002"]
+
+
+def test_a_best_that_cannot_be_marked_is_not_told_as_a_checkpoint_that_cannot_be_written(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny_config("evals=[shapes]", "evals.shapes.dataset.size=16", "checkpoint.best=eval/shapes/top1")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "mark_best", refuse)
+        with pytest.raises(RunError, match=r"is written, but cannot be marked as the best: .*No space left"):
+            Trainer(config).run()
+    assert steps(config.folder) == [8]
+
+
+def test_whatever_a_preprocessor_raises_the_step_the_folder_and_the_reason_are_told(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    config = tiny_config()
+    monkeypatch.setattr(TextPreprocessor, "save", save)
+    with pytest.raises(RunError, match=rf"step 8 cannot be written to {config.folder}: .*device \(os error 28\)"):
+        Trainer(config).run()
+    assert list((config.folder / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(("owner", "name"), [(checkpoint, "clean"), (Path, "write_text"), (RunLog, "summarise")])
+def test_a_folder_that_cannot_be_made_ready_is_told_with_the_reason(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny_config()
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(RunError, match=f"folder {config.folder} cannot be made ready: .*No space left on device"):
+        Trainer(config).run()
