@@ -1,8 +1,14 @@
 """Towers compiled by torch, with the same random masks in both passes of micro-batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch._inductor.config
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from multimodal.config import RunError
 from multimodal.model import Model
 
 
@@ -15,6 +21,19 @@ def compile_towers(model: Model) -> None:
     torch._inductor.config.fallback_random = True
     for tower in model.towers.values():
         tower.compile()
+
+
+@contextmanager
+def failing_is_explained() -> Iterator[None]:
+    """Turn what torch's compiler ends in into a RunError in a few words."""
+    try:
+        yield
+    except InductorError as error:
+        told = next((line for line in str(error).splitlines() if line), "")
+        raise RunError(
+            f"compile=true: torch's compiler failed ({told}). If it was interrupted, now or before, what it has not "
+            f"finished is in the way: delete {cache_dir()}; or compile=false"
+        ) from error
 
 
 def graph_breaks() -> int:

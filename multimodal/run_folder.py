@@ -70,7 +70,8 @@ def _newest_sound(folder: Path) -> Path:
 def refuse(config: TrainConfig, changed: list[tuple[str, str]]) -> None:
     """Say why the run in the folder cannot be continued."""
     where = f"way of resuming {config.folder}: it was computed with other values"
-    raise ConfigError(changed, where, "Another run.name starts another run; run.fresh=true starts this one over")
+    ways = "The old values continue it; another run.name starts another run; run.fresh=true starts this one over"
+    raise ConfigError(changed, where, ways)
 
 
 def continued(config: TrainConfig, old: TrainerState, new: TrainerState) -> TrainerState:

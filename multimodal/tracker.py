@@ -72,11 +72,12 @@ class RunLog:
         os.fsync(self.file.fileno())
 
     def summarise(self, facts: Mapping[str, Any], best: str | None, mode: str) -> dict[str, Any]:
-        """Write summary.json: `facts`, the last value of every metric, and the row of the best."""
+        """Write summary.json: the last value of every metric, `facts`, and the row of the best."""
         rows = self.rows
-        summary = dict(facts)
+        summary: dict[str, Any] = {}
         for row in rows:
             summary.update(row)
+        summary |= facts
         candidates = [row for row in rows if best in row and row[best] is not None]
         if best is not None and candidates:
             top = (max if mode == "max" else min)(candidates, key=lambda row: row[best])

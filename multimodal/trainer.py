@@ -30,7 +30,7 @@ from multimodal.assemble import (
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
-from multimodal.compiling import compile_towers, graph_breaks
+from multimodal.compiling import compile_towers, failing_is_explained, graph_breaks
 from multimodal.config import TrainConfig
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
@@ -200,7 +200,9 @@ class Trainer:
         info = RunInfo(self.config.run.name, self.state.run_id, self.folder, stored, self.log.rows)
         self.log.start(self.config.tracker, info)
         parameters = ", ".join(f"{name} {count:,}" for name, count in self.model.num_parameters().items())
-        logger.info("run %s on %s in %s; parameters: %s", self.folder, self.device, self.state.precision, parameters)
+        ranks = distributed.world_size()
+        where = f"{self.device} in {self.state.precision}" + (f", {ranks} processes" if ranks > 1 else "")
+        logger.info("run %s on %s; parameters: %s", self.folder, where, parameters)
         if self.initialised is not None:
             write_json(self.folder / "init.json", self.initialised.as_dict())
             logger.info("%s", self.initialised)
@@ -268,7 +270,7 @@ class Trainer:
             with running_out_is_explained("auto", *rows):
                 self.micro_batch_size = kept_micro_batch(config, self.model, batch, context)
         size = self.micro_batch_size
-        with running_out_is_explained(size, *rows):
+        with running_out_is_explained(size, *rows), failing_is_explained():
             return training_step(
                 self.model,
                 config.loss,
@@ -410,7 +412,14 @@ class Trainer:
     def _summarise(self, status: str) -> dict[str, Any]:
         assert self.log is not None
         settings = self.config.checkpoint
-        summary = self.log.summarise({"id": self.state.run_id, "status": status}, settings.best, settings.mode)
+        step = self.state.step  # the last row may be from before
+        facts = {
+            "id": self.state.run_id,
+            "status": status,
+            "step": step,
+            "samples": step * self.config.global_batch_size,
+        }
+        summary = self.log.summarise(facts, settings.best, settings.mode)
         if rows := self.log.rows:
             path = self.folder / "figures" / "curves.png"
             with self._pictures_may_fail():

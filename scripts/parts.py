@@ -61,11 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("word", nargs="?", default="", help="only parts whose name or kind contains it")
     word = parser.parse_args().word.lower()
-    for kind, parts in parts_by_kind().items():
-        shown = [part for part in parts if word in f"{kind} {part.__module__}.{part.__name__}".lower()]
-        for part in shown:
-            print(f"{kind} {part.__module__}.{part.__qualname__}\n{inspect.getdoc(part)}".replace("\n", "\n    "))
-            print(*knobs(part), "", sep="\n")
+    shown = [
+        (kind, part)
+        for kind, parts in parts_by_kind().items()
+        for part in parts
+        if word in f"{kind} {part.__module__}.{part.__name__}".lower()
+    ]
+    if not shown:
+        parser.exit(1, f"no part has '{word}' in its name or kind; without a word all are listed\n")
+    for kind, part in shown:
+        print(f"{kind} {part.__module__}.{part.__qualname__}\n{inspect.getdoc(part)}".replace("\n", "\n    "))
+        print(*knobs(part), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ NAMES = {
 def main(composed: DictConfig) -> None:
     """Rehearse a step, print size, memory, time and cost; exit status 1 if it does not fit."""
     config = check(plain(composed), PlanConfig)
+    logger.info("rehearsing steps without data or memory; for the largest models this takes minutes")
     with tqdm(desc="rehearsing", unit=" passes", leave=False, disable=None) as bar:
         plan = planned(Planner(config, bar.update))
     logger.info("%s", "\n".join(lines(config, plan)))
@@ -96,7 +97,8 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     for name, peak in plan["peak_by_grad_checkpointing"].items():
         yield f"peak {name} grad_checkpointing: {peak / 1e9:.3f} GB"
     largest = plan["largest_micro_batch_size"]
-    yield f"largest micro_batch_size that fits: {'all rows' if largest == rows else largest or 'none'}"
+    found = "all rows" if largest == rows else largest or "none"
+    yield f"largest micro_batch_size that fits, of powers of two: {found}"
     if not plan["fits"]:
         return
     yield ""

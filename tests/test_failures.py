@@ -13,6 +13,7 @@ import torch
 from conftest import Interrupt, TinyConfig
 from tiny_runs import assert_same_run, kill, named, with_checkpoint
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
 from multimodal import checkpoint, trainer
 from multimodal.batch import Features, Sample
@@ -144,3 +145,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_words_and_the_ones_
     with pytest.raises(RunError, match=rf"step 6 cannot be written to {config.folder}: .*No space left on device"):
         Trainer(config).run()
     assert [path.name[-2:] for path in sorted((config.folder / "checkpoints").iterdir())] == ["02", "04"]
+
+
+def test_a_compiler_that_fails_is_told_in_words(tiny_config: TinyConfig, interrupt: Interrupt) -> None:
+    def cut_short() -> None:
+        raise InductorError(RuntimeError("file too short"), None)
+
+    interrupt(2, cut_short)
+    with pytest.raises(RunError, match=r"compile=true: .*file too short.* delete .*inductor.*; or compile=false"):
+        Trainer(tiny_config()).run()
