@@ -181,7 +181,7 @@ class Rehearsal:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            kernels = _kernels_of_a_gpu() if self.on_gpu else nullcontext()
+            kernels = kernels_of_a_gpu() if self.on_gpu else nullcontext()
             with distributed.pretended(ranks), self.fake, kernels:
                 yield
         finally:
@@ -224,7 +224,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _kernels_of_a_gpu() -> Iterator[None]:
+def kernels_of_a_gpu() -> Iterator[None]:
     """Under autocast norms are in float32 there, and attention is fused, which training on a CPU has as products."""
     attention = F.scaled_dot_product_attention
 

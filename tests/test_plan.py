@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import TINY, TinyConfig
 from hydra import compose, initialize_config_dir
 
-from multimodal import checkpoint, distributed
+from multimodal import checkpoint, distributed, rehearsal
 from multimodal.assemble import assemble
 from multimodal.cli import CONF, plain, register_plugins
 from multimodal.config import ConfigError, check
@@ -21,7 +23,7 @@ from multimodal.hardware import Hardware
 from multimodal.memory import Peak
 from multimodal.optim import parameter_groups
 from multimodal.plan import PlanConfig, Planner
-from multimodal.step import training_step
+from multimodal.step import kernels, training_step
 from multimodal.trainer import Trainer
 
 HARDWARE = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
@@ -192,11 +194,17 @@ def test_sharding_divides_what_ranks_hold_alike() -> None:
     assert 4 * share.gradients == pytest.approx(whole.gradients, rel=0.01)
 
 
-def test_norms_are_in_float32_under_autocast_of_a_gpu() -> None:
-    cpu, gpu = (
-        planner("global_batch_size=512", "precision=bf16", f"hardware={kind}").memory(None) for kind in ("cpu", "a100")
-    )
-    assert cpu.activations < gpu.activations < 2 * cpu.activations
+def test_under_autocast_of_a_gpu_norms_are_in_float32_and_attention_is_fused() -> None:
+    context = torch.autocast("cpu", torch.bfloat16)
+    x = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True)
+    found = {}
+    for kind, gpu in (("cpu", nullcontext()), ("gpu", rehearsal.kernels_of_a_gpu())):
+        with context, kernels(context), gpu:
+            norm, attended = F.layer_norm(x, (4,)), F.scaled_dot_product_attention(x, x, x)
+        found[kind] = norm.dtype, "Flash" in str(attended.grad_fn)
+    assert found == {"cpu": (torch.bfloat16, False), "gpu": (torch.float32, True)}
+    memory = {kind: planner("precision=bf16", f"hardware={kind}").memory(None) for kind in ("cpu", "a100")}
+    assert memory["a100"].activations < memory["cpu"].activations
 
 
 def test_the_largest_micro_batch_fits_and_twice_as_many_do_not() -> None:
