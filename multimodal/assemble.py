@@ -17,8 +17,9 @@ from multimodal.encoder import Encoder
 from multimodal.model import Model
 from multimodal.offline import offline
 from multimodal.outline import outlined
-from multimodal.parts import Augment, Eval, Report, Source, Tower
+from multimodal.parts import Augment, Eval, Report, Source, Sources, Tower
 from multimodal.parts import Encoder as EncoderContract
+from multimodal.remembering import Remembering
 from multimodal.sharding import check_blocks_are_called, is_sharded, shard
 
 Evaluation = Callable[[EncoderContract], Report]
@@ -40,6 +41,10 @@ class Assembled:
         cached = not is_sharded(self.model)  # the cache would keep whole weights in bf16
         half = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(device.type, half, enabled=self.precision != "fp32", cache_enabled=cached)
+
+    def encoder(self, workers: int) -> Remembering:
+        """The model as evaluations see it; `workers` processes read images."""
+        return Remembering(Encoder(self.model, self.readers, self.context, workers=workers))
 
 
 def device_of(wanted: str) -> torch.device:
@@ -125,21 +130,11 @@ def count_steps(config: TrainConfig, source: Source | None, problems: Problems) 
 
 def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problems) -> dict[str, Evaluation]:
     """The evaluations by name, their data opened."""
-    evaluations = {}
+    evaluations, data = {}, Sources(Path(datasets))
     for name, evaluation in evals.items():
         with problems.at(f"evals.{name}"):
-            evaluations[name] = evaluation.build(Path(datasets))
+            evaluations[name] = evaluation.build(data)
     return evaluations
-
-
-def write_figures(reports: Mapping[str, Report], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Draw the figures of evaluations into a folder: (`eval/<name>/<figure>`, path)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, report in reports.items():
-        for figure, make in report.figures.items():
-            path = folder / f"{name.removeprefix('eval/').replace('/', '_')}_{figure}.png"
-            make().savefig(path, dpi=120)
-            yield f"{name}/{figure}", path
 
 
 def assemble(
@@ -242,13 +237,11 @@ def load(folder: Path, weights: Weights = "raw", **changes: Any) -> tuple[TrainC
 
 
 def evaluate(
-    evaluations: Mapping[str, Evaluation], config: TrainConfig, assembled: Assembled, weights: Weights = "raw"
-) -> tuple[dict[str, float], dict[str, Report]]:
-    """Run evaluations of the assembled model: flat metrics, `eval/<name>/<metric>`, and reports, `eval/<name>`.
+    evaluations: Mapping[str, Evaluation], encoder: Remembering, weights: Weights = "raw"
+) -> dict[str, Report]:
+    """Run evaluations of a model as its weights are now: reports by `eval/<name>`.
 
-    What was found with the running mean of the `weights` begins with `eval_ema`.
+    What was found with the running mean of the `weights` is in `eval_ema/<name>`.
     """
-    encoder = Encoder(assembled.model, assembled.readers, assembled.context, workers=config.workers)
-    reports = {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}
-    values = {f"{name}/{key}": value for name, report in reports.items() for key, value in report.metrics.items()}
-    return values, reports
+    encoder.forget()
+    return {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}

@@ -10,10 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multimodal import distributed
-from multimodal.data.loader import Reader, read_inputs
+from multimodal.data.loader import Reader, ReadInputs, read_inputs
 from multimodal.model import Model
 from multimodal.parts import BadSample
 from multimodal.sharding import gathered
+
+SORTED = 64
+"""Batches of texts that are read before they are embedded, those of like length together."""
 
 
 class Encoder:
@@ -29,6 +32,11 @@ class Encoder:
     ) -> None:
         self.model, self.readers, self.context = model, readers, context
         self.batch_size, self.workers = batch_size, workers
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines."""
+        return distributed.whole(self.model.logit_scale.detach()).exp().item()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -55,21 +63,32 @@ class Encoder:
         features = torch.full((len(mine), self.model.embed_dim), torch.nan, dtype=torch.float32)
         device = self.model.logit_scale.device
         hide = True if distributed.rank() else None  # None hides it where there is no terminal
+        reader = self.readers[tower]
+        size = self.batch_size * SORTED if reader.reads == "text" else self.batch_size
         with (
             self._evaluating(),
             gathered(self.model.towers[tower]),
             tqdm(total=len(mine), desc=f"embedding {tower}", unit="", leave=False, delay=1, disable=hide) as bar,
-            closing(read_inputs(inputs, self.readers[tower], mine, self.batch_size, self.workers)) as batches,
+            closing(read_inputs(inputs, reader, mine, size, self.workers)) as read,
         ):
-            for batch in batches:
-                for place, error in batch.broken.items():
+            for some in read:
+                for place, error in some.broken.items():
                     if broken is None or not isinstance(error, BadSample | FileNotFoundError):
                         raise error
                     broken[place] = str(error)
-                if batch.places:
-                    lengths = self.model.lengths({tower: batch.values}).get(tower)
+                bar.update(len(some.broken))
+                for rows, lengths in self._batches(tower, some):
                     with self.context:
-                        rows = self.model.encode(tower, batch.values.to(device), lengths)
-                    features[[place - mine.start for place in batch.places]] = rows.float().cpu()
-                bar.update(len(batch.places) + len(batch.broken))
+                        made = self.model.encode(tower, some.values[rows].to(device), lengths)
+                    features[torch.tensor(some.places)[rows] - mine.start] = made.float().cpu()
+                    bar.update(len(rows))
         return distributed.gather_uneven(features, [b - a for a, b in pairwise(bounds)])
+
+    def _batches(self, tower: str, read: ReadInputs) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Rows of what was read that are embedded at a time, and their lengths, if any: the shortest first."""
+        if not read.places:
+            return
+        lengths = self.model.lengths({tower: read.values}).get(tower)
+        order = torch.arange(len(read.places)) if lengths is None else lengths.argsort(stable=True)
+        for rows in torch.split(order, self.batch_size):
+            yield rows, None if lengths is None else lengths[rows]

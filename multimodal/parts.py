@@ -48,6 +48,9 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Sample:
         """The sample; BadSample, naming the file and key, if it is broken."""
 
+    templates: tuple[str, ...] = ()
+    """Prompts with one {} for the class name, where the data set brings its own."""
+
     @abstractmethod
     def captions(self, index: int) -> tuple[str, ...]:
         """Only the captions of a sample, without decoding anything else."""
@@ -57,8 +60,13 @@ class Source(ABC):
         return str(index)
 
     def label(self, index: int) -> int | None:
-        """Only the class index of a sample, likewise; None where samples have none."""
+        """Only the class index of a sample, likewise; None where samples have none, or any number of them."""
         return None
+
+    def labels_of(self, index: int) -> tuple[int, ...] | None:
+        """Only the class indices of a sample, likewise, where it may have any number; None where samples have none."""
+        label = self.label(index)
+        return None if label is None else (label,)
 
 
 class Dataset(Part):
@@ -66,6 +74,22 @@ class Dataset(Part):
 
     @abstractmethod
     def build(self, root: Path) -> Source: ...
+
+
+class Sources:
+    """Opens data sets, each once however many ask for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        """The folder that their files, and those of evaluations, are relative to."""
+        self._opened: dict[tuple[type[Dataset], str], Source] = {}
+
+    def open(self, dataset: Dataset) -> Source:
+        """Its samples; the same object for the same settings."""
+        key = type(dataset), dataset.model_dump_json()
+        if key not in self._opened:
+            self._opened[key] = dataset.build(self.root)
+        return self._opened[key]
 
 
 class Augment(Part):
@@ -268,15 +292,40 @@ class Schedule(Part):
 class Encoder(Protocol):
     """The model as evaluations see it."""
 
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines."""
+
     def encode(self, tower: str, inputs: Sequence[Any]) -> Tensor:
-        """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank."""
+        """Raw inputs (PIL images, strings), indexed lazily, to unit-norm float32 [n, D] on the CPU of every rank.
+
+        What was asked for before may be the same tensor: it is not to be changed.
+        """
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with what it has to be held against."""
+
+    value: float
+    low: float | None = None
+    """Lower end of its 95% interval."""
+    high: float | None = None
+    """Upper end."""
+    chance: float | None = None
+    """What guessing gives on average."""
+    count: int | None = None
+    """Samples that it was measured on."""
+
+    def __float__(self) -> float:
+        return self.value
 
 
 @dataclass(frozen=True)
 class Report:
     """What an evaluation found."""
 
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | Estimate]
     """By short name ("top1", "i2t_r1"); logged as `eval/<name>/<metric>`."""
     figures: dict[str, "Callable[[], Figure]"] = field(default_factory=dict)
     """By file name without ending; drawn on one rank only."""
@@ -285,17 +334,23 @@ class Report:
 class Eval(Part):
     """An evaluation with its own cadence and data."""
 
-    metrics: ClassVar[tuple[str, ...]]
-    """Short names of what it reports."""
     towers: ClassVar[tuple[str, ...]] = ("image", "text")
     """Names of the towers that it encodes with."""
 
     every: Cadence
     """How often during training; it always runs at the end."""
 
+    @property
     @abstractmethod
-    def build(self, root: Path) -> Callable[[Encoder], Report]:
-        """Open the data (below `root`), so that what is missing is an error before the start; run when called."""
+    def metrics(self) -> tuple[str, ...]:
+        """Short names of what it reports."""
+
+    @abstractmethod
+    def build(self, data: Sources) -> Callable[[Encoder], Report]:
+        """Open the data, so that what is missing is an error before the start; run when called.
+
+        It is called on all ranks and has to give the same on all of them.
+        """
 
 
 class Mirror(Protocol):

@@ -25,7 +25,6 @@ from multimodal.assemble import (
     evaluate,
     open_evaluations,
     open_source,
-    write_figures,
 )
 from multimodal.batch import Batch
 from multimodal.checkpoint import TrainerState
@@ -48,6 +47,7 @@ from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo
 from multimodal.profiling import profiled, span
 from multimodal.progress import Progress
+from multimodal.results import estimates, folder_of, write_figures, write_numbers
 from multimodal.run_lock import RunLock
 from multimodal.saving import Saver
 from multimodal.sharding import is_sharded
@@ -146,6 +146,7 @@ class Trainer:
             problems.report()
         self.assembled = assemble(config, source, last, started_from)
         self.model = self.assembled.model
+        self.encoder = self.assembled.encoder(config.workers)
         if config.compile:
             compile_towers(self.model)
         tunings = {name: tower.tuning for name, tower in config.towers.items()}
@@ -363,22 +364,21 @@ class Trainer:
         best, mode = self.config.checkpoint.best, self.config.checkpoint.mode
         self._require_sound()
         with self.clock.paused():
-            values: dict[str, float] = {}
             reports: dict[str, Report] = {}
             try:
                 for weights in self.ema.kinds:
                     with self.ema.in_place(weights):
-                        found = evaluate(due, self.config, self.assembled, weights)
-                    values |= found[0]
-                    reports |= found[1]
+                        reports |= evaluate(due, self.encoder, weights)
             except Exception:
                 if self.log is not None and not is_sharded(self.model):  # to gather takes all ranks
                     self.saver.save_alone(self._stored_state(), self.ema, self.optimizer, self.log)
                 raise
+            values = {key: found.value for key, found in estimates(reports).items()}
             self._write(values)
             logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             if self.log is not None:
                 with self._pictures_may_fail():
+                    write_numbers(reports, folder_of(self.folder, self.state.step))
                     for name, path in write_figures(reports, self.folder / "figures"):
                         self.log.figure(self.state.step, name, path)
         improved = best is not None and self.state.improves(values.get(best, math.nan), mode)

@@ -1,6 +1,5 @@
 """Evaluate a run: `scripts/evaluate.py run=NAME [checkpoint=best] [evals=[cifar10,flickr8k]]`."""
 
-import json
 import logging
 
 from omegaconf import DictConfig
@@ -8,7 +7,6 @@ from omegaconf import DictConfig
 from multimodal import checkpoint, distributed
 from multimodal.cli import launch, plain, program
 from multimodal.config import ConfigError, check
-from multimodal.files import write_json
 from multimodal.finished_run import FinishedRun
 from multimodal.parts import Eval
 
@@ -28,7 +26,8 @@ def main(composed: DictConfig) -> None:
     asked = check(plain(composed), EvaluateConfig)
     folder = asked.find_checkpoint()
 
-    from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations, write_figures
+    from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations
+    from multimodal.results import estimates, folder_of, write_figures, write_numbers
 
     paths = asked.paths.model_dump()
     config, assembled = load(folder, asked.weights, paths=paths, device=asked.device, workers=asked.workers)
@@ -40,19 +39,17 @@ def main(composed: DictConfig) -> None:
     problems.report()
     distributed.start(device_of(config.device))
     try:
-        results, reports = evaluate(evaluations, config, assembled, asked.weights)
+        reports = evaluate(evaluations, assembled.encoder(config.workers), asked.weights)
     finally:
         distributed.stop()
     if distributed.rank() != 0:
         return
-    found = asked.folder / "evaluations" / f"step-{checkpoint.load_state(folder).step:08d}"
+    found = folder_of(asked.folder, checkpoint.load_state(folder).step)
+    write_numbers(reports, found)
     for _, path in write_figures(reports, found):
         logger.info("%s", path)
-    numbers = found / "results.json"
-    before = json.loads(numbers.read_text()) if numbers.exists() else {}
-    write_json(numbers, {**before, **results})
-    for key, value in results.items():
-        logger.info("%s %.4f", key, value)
+    for key, estimate in estimates(reports).items():
+        logger.info("%s %.4f", key, estimate.value)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from multimodal import checkpoint, trainer
 from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Eval, Report
+from multimodal.parts import Eval, Report, Sources
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
@@ -33,7 +33,11 @@ class Scripted(Eval):
     every: Cadence = Cadence.parse("2steps")
     scores: tuple[float, ...] = tuple(SCORES.values())
 
-    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self, data: Sources) -> Callable[[EncoderContract], Report]:
         left = list(self.scores)
 
         def run(model: EncoderContract) -> Report:
@@ -107,7 +111,11 @@ class Told(Eval):
 
     every: Cadence = Cadence.parse("3steps")
 
-    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self, data: Sources) -> Callable[[EncoderContract], Report]:
         return lambda model: Report({"sum": model.encode("text", ["a red circle"]).sum().item()})
 
 

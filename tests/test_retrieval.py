@@ -12,7 +12,7 @@ from PIL import Image
 
 from multimodal.batch import Sample
 from multimodal.evals.retrieval import Retrieval, best_ranks, nearest, pick_queries, rank_metrics, retrieval_ranks
-from multimodal.parts import Dataset, Source
+from multimodal.parts import Dataset, Source, Sources
 
 NAMES = ["i2t_r1", "i2t_r5", "i2t_r10", "i2t_median_rank", "i2t_mean_rank"]
 
@@ -190,26 +190,26 @@ def evaluation(max_samples=None, **data):
 
 
 def test_a_perfect_model_finds_everything_first():
-    metrics = evaluation().build(Path())(GreyEncoder()).metrics
+    metrics = evaluation().build(Sources(Path()))(GreyEncoder()).metrics
     assert list(metrics) == NAMES + [name.replace("i2t", "t2i") for name in NAMES]
     assert set(metrics.values()) == {1.0}
 
 
 def test_a_model_off_by_one_finds_nothing_first():
-    metrics = evaluation().build(Path())(GreyEncoder(off=0.9)).metrics
+    metrics = evaluation().build(Sources(Path()))(GreyEncoder(off=0.9)).metrics
     assert metrics["t2i_r1"] == pytest.approx(metrics["i2t_r1"], abs=0.02) == pytest.approx(0.02, abs=0.02)
     assert metrics["t2i_r5"] == 1
 
 
 def test_only_the_first_so_many_images_are_taken():
-    run = evaluation(max_samples=7).build(Path())
+    run = evaluation(max_samples=7).build(Sources(Path()))
     assert len(run.args[0]) == 7
     assert run(GreyEncoder()).metrics["t2i_r1"] == 1
-    assert evaluation(max_samples=10**9).build(Path())(GreyEncoder()).metrics["t2i_r1"] == 1
+    assert evaluation(max_samples=10**9).build(Sources(Path()))(GreyEncoder()).metrics["t2i_r1"] == 1
 
 
 def test_figures_read_the_images_they_show_and_only_when_drawn():
-    run = evaluation().build(Path())
+    run = evaluation().build(Sources(Path()))
     source = run.args[0].source
     assert source.reads == []
     report = run(GreyEncoder(off=0.9))
@@ -227,6 +227,6 @@ def test_figures_read_the_images_they_show_and_only_when_drawn():
 )
 def test_images_without_captions_are_refused_before_the_run(knobs, message):
     with pytest.raises(ValueError, match=message):
-        evaluation(**knobs).build(Path())
+        evaluation(**knobs).build(Sources(Path()))
     with pytest.raises(ValueError, match="max_samples"):
         evaluation(max_samples=0)

@@ -14,7 +14,7 @@ from multimodal import checksums
 from multimodal.checkpoint import find, load_state
 from multimodal.config import ConfigError, Weights
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Eval, Report
+from multimodal.parts import Eval, Report, Sources
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
@@ -24,10 +24,13 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 class Weighs(Eval):
     """Says where the text tower puts one caption, as a number."""
 
-    metrics = ("at",)
     every: Cadence = Cadence.parse("4steps")
 
-    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("at",)
+
+    def build(self, data: Sources) -> Callable[[EncoderContract], Report]:
         return lambda model: Report({"at": model.encode("text", ["a red circle"])[0, 0].item()})
 
 

@@ -23,7 +23,7 @@ from multimodal.checkpoint import TrainerState, find, load_state, steps
 from multimodal.config import RunError, TrainConfig
 from multimodal.ema import Ema
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Eval, Report
+from multimodal.parts import Eval, Report, Sources
 from multimodal.saving import Saver
 from multimodal.towers.text import TextPreprocessor
 from multimodal.tracker import RunLog
@@ -214,7 +214,11 @@ class Watched(Eval):
     folder: Path
     every: Cadence = Cadence.parse("3steps")
 
-    def build(self, root: Path) -> Callable[[EncoderContract], Report]:
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ()
+
+    def build(self, data: Sources) -> Callable[[EncoderContract], Report]:
         return lambda model: Report({"saved": float(steps(self.folder)[-1] if steps(self.folder) else 0)})
 
 

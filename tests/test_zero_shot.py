@@ -19,7 +19,7 @@ from multimodal.evals.zero_shot import (
     mean_per_class_recall,
     top_k_accuracy,
 )
-from multimodal.parts import Dataset, Source
+from multimodal.parts import Dataset, Source, Sources
 
 TEMPLATES = ("a photo of a {}.", "the {} over there", "{}!")
 
@@ -84,7 +84,7 @@ def evaluation(templates=TEMPLATES, class_names=None, **data):
 
 
 def build(**knobs):
-    return evaluation(**knobs).build(Path())
+    return evaluation(**knobs).build(Sources(Path()))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Slice(Sequence[T]):
     """Some places of a sequence."""
 
-    def __init__(self, items: Sequence[T], places: range) -> None:
+    def __init__(self, items: Sequence[T], places: Sequence[int]) -> None:
         self.items, self.places = items, places
 
     def __len__(self) -> int:

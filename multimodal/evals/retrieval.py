@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.parts import Dataset, Encoder, Eval, Report
+from multimodal.parts import Dataset, Encoder, Eval, Report, Sources
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,19 +124,21 @@ class Retrieval(Eval):
     Metrics for each direction: `r1`, `r5`, `r10` (hit rate among the first k), `median_rank`, `mean_rank` (from 1).
     """
 
-    metrics: ClassVar[tuple[str, ...]] = tuple(
-        f"{direction}_{metric}"
-        for direction in ("i2t", "t2i")
-        for metric in ("r1", "r5", "r10", "median_rank", "mean_rank")
-    )
-
     dataset: Dataset
     """Images with captions."""
     max_samples: int | None = Field(gt=0)
     """Take only the first so many images; null for all. Recall is easier among fewer, so compare equal numbers."""
 
-    def build(self, root: Path) -> Callable[[Encoder], Report]:
-        source = self.dataset.build(root)
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(
+            f"{direction}_{metric}"
+            for direction in ("i2t", "t2i")
+            for metric in ("r1", "r5", "r10", "median_rank", "mean_rank")
+        )
+
+    def build(self, data: Sources) -> Callable[[Encoder], Report]:
+        source = data.open(self.dataset)
         images = Inputs(source, "image", self.max_samples)
         if len(images) == 0:
             raise ValueError("the dataset is empty: retrieval needs images with captions")

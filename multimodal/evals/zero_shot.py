@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from torch import Tensor
 from multimodal.data.files import ClassNames, Templates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.parts import Dataset, Encoder, Eval, Report, Source
+from multimodal.parts import Dataset, Encoder, Eval, Report, Source, Sources
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
@@ -102,8 +100,6 @@ class ZeroShot(Eval):
     Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes), and `chance`, the top-1 of guessing.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "mean_per_class", "chance")
-
     dataset: Dataset
     """Images with labels."""
     templates: Templates
@@ -111,8 +107,12 @@ class ZeroShot(Eval):
     class_names: ClassNames | None
     """By label, instead of the dataset's own; null for those."""
 
-    def build(self, root: Path) -> Callable[[Encoder], Report]:
-        source = self.dataset.build(root)
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return "top1", "top5", "mean_per_class", "chance"
+
+    def build(self, data: Sources) -> Callable[[Encoder], Report]:
+        source = data.open(self.dataset)
         class_names = source.class_names if self.class_names is None else self.class_names
         return partial(self._run, Inputs(source, "image"), _labels(source, class_names), class_names)
 
