@@ -1,6 +1,6 @@
 """How sure a number is: 95% intervals by the bootstrap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from multimodal.parts import Estimate
 
 RESAMPLES = 1000
 LEVEL = 0.95
+AT_A_TIME = 2**22
+"""So many counts in memory."""
 
 
 def bootstrap(
@@ -22,38 +24,52 @@ def bootstrap(
     The statistic is given counts, not data, so that the same draws serve many numbers. Efron 1979.
     """
     rng = np.random.default_rng(seed)
-    rows = max(1, 2**22 // max(1, count))
+    rows = max(1, AT_A_TIME // max(1, count))
     values = []
     for start in range(0, RESAMPLES, rows):
-        drawn = [
-            np.bincount(rng.integers(count, size=count), minlength=count)
-            for _ in range(start, min(start + rows, RESAMPLES))
-        ]
-        values.append(statistic(torch.from_numpy(np.stack(drawn)).double()))
+        size = min(rows, RESAMPLES - start)
+        drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(size)]
+        values.append(statistic(torch.from_numpy(np.stack(drawn)).double()).double())
     tail = (1 - LEVEL) / 2
-    ends = torch.cat(values).double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    return ends[0], ends[1]
+    low, high = torch.cat(values).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return low, high
 
 
 def means(
-    scores: dict[str, Tensor],  # by metric, [n] one number for each sample
-    chance: dict[str, float] | None = None,  # by metric
-    groups: Tensor
-    | None = None,  # int64 [n], from 0: samples of a group are drawn together, such as an image's captions
-) -> dict[str, float | Estimate]:
+    scores: Mapping[str, Tensor],  # by metric, [n], one number for each sample
+    chance: Mapping[str, float] | None = None,  # by metric
+    groups: Tensor | None = None,  # int64 [n], from 0, of samples that are drawn together: the captions of an image
+) -> dict[str, Estimate]:
     """The mean of each metric over samples, with its interval, count and, where it is known, chance level."""
-    if not scores:
-        return {}
     table = torch.stack([values.double() for values in scores.values()], dim=1)  # [n, metrics]
-    count = len(table)
-    sums, sizes = table, torch.ones(count, dtype=torch.float64)
-    if groups is not None:
-        num_groups = int(groups.max()) + 1
-        sums = torch.zeros(num_groups, table.shape[1], dtype=torch.float64).index_add(0, groups, table)
-        sizes = torch.bincount(groups, minlength=num_groups).double()
-    low, high = bootstrap(lambda drawn: drawn @ sums / (drawn @ sizes)[:, None], len(sums))
+    groups = torch.arange(len(table)) if groups is None else groups
+    sizes = torch.bincount(groups).double()
+    sums = torch.zeros(len(sizes), table.shape[1], dtype=torch.float64).index_add(0, groups, table)
+    low, high = bootstrap(lambda drawn: drawn @ sums / (drawn @ sizes)[:, None], len(sizes))
     known = chance or {}
     return {
-        name: Estimate(value, *ends, chance=known.get(name), count=count)
-        for name, value, *ends in zip(scores, table.mean(dim=0).tolist(), low.tolist(), high.tolist(), strict=True)
+        name: Estimate(value, below, above, known.get(name), len(table))
+        for name, value, below, above in zip(
+            scores, table.mean(dim=0).tolist(), low.tolist(), high.tolist(), strict=True
+        )
     }
+
+
+def median(
+    values: Tensor,  # [n]
+    chance: float | None = None,
+    groups: Tensor | None = None,  # int64 [n], as in `means`
+) -> Estimate:
+    """The median with its interval; the mean of the middle two where their number is even."""
+    ordered, order = values.double().sort()
+    groups = torch.arange(len(values)) if groups is None else groups
+    groups = groups[order]
+
+    def weighted(drawn: Tensor) -> Tensor:
+        below = drawn[:, groups].cumsum(dim=1)
+        half = below[:, -1:] / 2
+        middle = [torch.searchsorted(below, half, right=right).clamp(max=len(ordered) - 1) for right in (False, True)]
+        return (ordered[middle[0]] + ordered[middle[1]]).squeeze(1) / 2
+
+    low, high = bootstrap(weighted, int(groups.max()) + 1)
+    return Estimate(ordered.quantile(0.5).item(), low.item(), high.item(), chance, len(values))

@@ -1,16 +1,22 @@
 """Retrieval between images and captions in both directions, with any number of captions an image."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from tqdm import tqdm
 
+from multimodal import distributed
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.parts import Dataset, Encoder, Eval, Report, Sources
+from multimodal.evals.intervals import means, median
+from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +24,70 @@ if TYPE_CHECKING:
 PAIRS_SHOWN = 32
 QUERIES_SHOWN = 6
 IMAGES_SHOWN = 5
+TILE = 2**22
+"""Scores in memory at a time."""
+RECALLS = 1, 5, 10
+CUT = 10
+"""Places that nDCG looks at."""
+DIRECTIONS = "i2t", "t2i"
+METRICS = *(f"r{k}" for k in RECALLS), "median_rank", "mean_rank", "mrr", "ndcg10"
+
+# --- what is right --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which captions are right for which images: pairs of the two, and all that are equal to a pair's."""
+
+    images: Tensor
+    """int64 [n], equal for images that are the same."""
+    texts: Tensor
+    """int64 [m], equal for captions that are the same."""
+    pairs: Tensor
+    """int64 [p, 2], an image's number and a caption's, each pair once."""
+
+    @classmethod
+    def of(
+        cls,
+        owners: Tensor,  # int64 [m] the image that each caption belongs to
+        images: Tensor,  # int64 [n], equal for images that are the same
+        texts: Tensor,  # int64 [m], likewise for captions
+    ) -> "Matches":
+        """A caption is right for its image, for all that equal this one, and so are all captions that equal it."""
+        image_ids, text_ids = (torch.unique(ids, return_inverse=True)[1] for ids in (images, texts))
+        return cls(image_ids, text_ids, torch.unique(torch.stack([image_ids[owners], text_ids], dim=1), dim=0))
+
+    @property
+    def reversed(self) -> "Matches":
+        """The same for captions that look for images."""
+        return Matches(self.texts, self.images, self.pairs.flip(1))
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """The caption numbers by image number, and where those of each begin."""
+        order = self.pairs[:, 0].argsort(stable=True)
+        count = int(self.images.max()) + 1 if len(self.images) else 0
+        sizes = torch.bincount(self.pairs[:, 0], minlength=count)
+        return self.pairs[order, 1], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+    def right(
+        self,
+        rows: Tensor,  # int64 [r] places of images
+    ) -> Tensor:  # bool [r, m]
+        """Which captions are right for some images."""
+        numbers, starts = self._bounds
+        mask = torch.zeros(len(rows), int(self.texts.max()) + 1, dtype=torch.bool)
+        for row, number in enumerate(self.images[rows].tolist()):
+            mask[row, numbers[starts[number] : starts[number + 1]]] = True
+        return mask[:, self.texts]
+
+    @property
+    def counts(self) -> Tensor:  # int64 [n]
+        """How many captions are right for each image."""
+        copies = torch.bincount(self.texts, minlength=int(self.texts.max()) + 1)
+        found = torch.zeros(int(self.images.max()) + 1, dtype=torch.int64)
+        return found.index_add(0, self.pairs[:, 0], copies[self.pairs[:, 1]])[self.images]
+
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
@@ -35,44 +105,90 @@ def best_ranks(
     return 1 + (~(scores < best) & ~right).sum(dim=1)
 
 
-def retrieval_ranks(
-    image_features: Tensor,  # [n, D] unit norm
-    text_features: Tensor,  # [m, D] unit norm
-    owners: Tensor,  # int64 [m] the image that each caption belongs to
-    chunk: int = 256,
-) -> tuple[Tensor, Tensor]:  # int64 [n] image to text, int64 [m] text to image
-    """For each image the rank of its best caption, for each caption the rank of its image, by cosine.
+def ndcg(
+    scores: Tensor,  # [n, m] of every query with every item
+    right: Tensor,  # bool [n, m]
+    k: int = CUT,
+) -> Tensor:  # float64 [n]
+    """Normalised discounted cumulative gain of the first k items, where an item is right or wrong.
 
-    Only a caption's own image is right: the same words under another image are wrong, as in the usual protocol for
-    Flickr30k and COCO (Karpathy and Fei-Fei 2015). Memory grows with `chunk`, the queries at a time, not with n x m.
+    Where nothing ties it is that of trec_eval, and so of MTEB; there ties are broken by the items' names, here
+    against the model. 0 for a query without a right item. Järvelin and Kekäläinen 2002.
     """
-    images, texts = torch.arange(len(image_features)), torch.arange(len(text_features))
-    image_to_text = [
-        best_ranks(image_features[rows] @ text_features.T, rows[:, None] == owners)
-        for rows in torch.split(images, chunk)
-    ]
-    text_to_image = [
-        best_ranks(text_features[rows] @ image_features.T, owners[rows, None] == images)
-        for rows in torch.split(texts, chunk)
-    ]
-    return torch.cat(image_to_text), torch.cat(text_to_image)
+    k = min(k, scores.shape[1])
+    wrong = torch.where(right, -torch.inf, scores.nan_to_num(torch.inf)).topk(k).values
+    hits = torch.where(right, scores.nan_to_num(-torch.inf), -torch.inf).topk(k).values
+    found = right.sum(dim=1)
+    number = torch.arange(1, k + 1)
+    are_wrong = number <= scores.shape[1] - found[:, None]  # the others only fill up
+    before = (wrong[:, None, :] >= hits[:, :, None]) & are_wrong[:, None, :]
+    places = number + before.sum(dim=2)  # [n, k], of the first right, the second, ...
+    gains = 1 / torch.log2(1 + number.double())
+    gained = torch.where((places <= k) & (number <= found[:, None]), 1 / torch.log2(1 + places.double()), 0.0)
+    ideal = gains.cumsum(0)[(found.clamp(1, k) - 1)]
+    return gained.sum(dim=1) / ideal
+
+
+def ranked(
+    queries: Tensor,  # [n, D] unit norm
+    items: Tensor,  # [m, D] unit norm
+    matches: Matches,  # of queries (its images) and items (its texts)
+    tile: int = TILE,  # scores in memory at a time
+) -> tuple[Tensor, Tensor]:  # int64 [n] ranks from 1, float64 [n] nDCG@10
+    """For each query the rank of its best right item by cosine, and its nDCG@10.
+
+    Exact, in tiles of some queries with all items: memory grows with n and m, not with their product.
+    """
+    ranks, gains = [], []
+    for rows in torch.split(torch.arange(len(queries)), max(1, tile // max(1, len(items)))):
+        scores, right = queries[rows] @ items.T, matches.right(rows)
+        ranks.append(best_ranks(scores, right))
+        gains.append(ndcg(scores, right))
+    return torch.cat(ranks), torch.cat(gains)
 
 
 def rank_metrics(
     ranks: Tensor,  # int64 [n], from 1
-    direction: str,
-) -> dict[str, float]:
-    """Recall at 1, 5, 10 and the median and mean rank, as `<direction>_r1`, `<direction>_median_rank`.
+    gains: Tensor,  # [n] nDCG@10
+    num_right: Tensor,  # int64 [n] of each query
+    num_items: int,
+    groups: Tensor | None = None,  # int64 [n], queries that are drawn together: the captions of an image
+) -> dict[str, Estimate]:
+    """`r1`, `r5`, `r10`, `mrr`, `ndcg10`, `mean_rank`, `median_rank`, each with its chance level and interval.
 
     "Recall" as retrieval papers on images use it: a query is a hit if any right item is among the first k, so with
-    five captions an image it is the hit rate, not the share of the five that were found.
+    five captions an image it is the hit rate, as in CLIP_benchmark, and not the share of the five that were found,
+    as in MTEB. The reciprocal rank is over all items; MTEB's is 0 beyond its k.
     """
-    recalls = {f"{direction}_r{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
-    return {
-        **recalls,
-        f"{direction}_median_rank": ranks.double().quantile(0.5).item(),
-        f"{direction}_mean_rank": ranks.double().mean().item(),
+    scores = {f"r{k}": ranks <= k for k in RECALLS}
+    scores |= {"mrr": 1 / ranks.double(), "ndcg10": gains, "mean_rank": ranks}
+    chance = chance_metrics(num_right, num_items)
+    return {**means(scores, chance, groups), "median_rank": median(ranks, chance["median_rank"], groups)}
+
+
+def chance_metrics(
+    num_right: Tensor,  # int64 [n] of each query
+    num_items: int,
+) -> dict[str, float]:
+    """What an order of items at random gives on average; of the median rank, the median."""
+    found, times = torch.unique(num_right, return_counts=True)
+    share = times.double() / times.sum()
+    g, m = found.double()[:, None], float(num_items)
+    place = torch.arange(num_items, dtype=torch.float64)
+    left = torch.cumprod(((m - g - place) / (m - place)).clamp(min=0), dim=1)  # [., m] no right one among the first k
+    beyond = torch.cat([torch.ones_like(g), left], dim=1)  # that the rank is above k = 0, 1, ..., m
+    first = (beyond[:, :-1] - beyond[:, 1:]) / (1 + place)
+    discounts = 1 / torch.log2(2 + place[:CUT])
+    ideal = discounts.cumsum(0)[(found.clamp(1, len(discounts)) - 1)]
+    by_count = {
+        **{f"r{k}": 1 - beyond[:, min(k, num_items)] for k in RECALLS},
+        "mrr": torch.where(found > 0, first.sum(dim=1), 1 / (1 + m)),
+        "ndcg10": found / m * discounts.sum() / ideal,
+        "mean_rank": 1 + (m - found) / (found + 1),
     }
+    mixed = (share[:, None] * beyond).sum(dim=0)
+    middle = int((mixed <= 0.5).nonzero()[0]) if (mixed <= 0.5).any() else num_items + 1
+    return {**{name: (share * values).sum().item() for name, values in by_count.items()}, "median_rank": float(middle)}
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -95,47 +211,50 @@ def _spread(items: list[int], count: int) -> list[int]:
 
 def nearest(
     scores: Tensor,  # [n] of one query with every item
-    own: int,
+    right: Tensor,  # bool [n]
+    own: int,  # the one of the right items that is shown
     rank: int,
     count: int = IMAGES_SHOWN,
 ) -> list[int]:
     """A query's first `count` items, best first, with its `own` one at its `rank`: behind those that it ties with."""
-    order = [item for item in scores.argsort(descending=True).tolist() if item != own]
+    order = [item for item in scores.argsort(descending=True).tolist() if not right[item]]
     return [*order[: rank - 1], own, *order[rank - 1 :]][:count]
-
-
-def _grid(
-    images: Inputs, captions: list[str], owners: Tensor, ranks: Tensor, image_features: Tensor, text_features: Tensor
-) -> "Figure":
-    queries = []
-    for index in pick_queries(ranks):
-        own, rank = int(owners[index]), int(ranks[index])
-        shown = nearest(image_features @ text_features[index], own, rank)
-        queries.append(figures.Query(captions[index], rank, images[own], [images[item] for item in shown]))
-    return figures.retrieval_grid(queries, len(images))
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
+def digests(images: Inputs) -> Tensor:  # int64 [n]
+    """A number for each image, equal where size and pixels are; each rank reads its share."""
+    bounds = [len(images) * r // distributed.world_size() for r in range(distributed.world_size() + 1)]
+    mine = range(bounds[distributed.rank()], bounds[distributed.rank() + 1])
+    hide = True if distributed.rank() else None  # None hides it where there is no terminal
+    found = torch.empty(len(mine), dtype=torch.int64)
+    for place in tqdm(mine, desc="comparing images", unit="", leave=False, delay=1, disable=hide):
+        image = images[place]
+        digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=8).digest()
+        found[place - mine.start] = int.from_bytes(digest, "big", signed=True)
+    return distributed.gather_uneven(found, [end - start for start, end in pairwise(bounds)])
+
+
 class Retrieval(Eval):
     """Find an image's captions among all captions (i2t), and a caption's image among all images (t2i).
 
-    Metrics for each direction: `r1`, `r5`, `r10` (hit rate among the first k), `median_rank`, `mean_rank` (from 1).
+    Metrics for each direction: `r1`, `r5`, `r10` (hit rate among the first k), `median_rank` and `mean_rank` (from 1),
+    `mrr` (mean reciprocal rank), `ndcg10`.
     """
 
     dataset: Dataset
     """Images with captions."""
     max_samples: int | None = Field(gt=0)
     """Take only the first so many images; null for all. Recall is easier among fewer, so compare equal numbers."""
+    duplicates: Literal["right", "wrong"] = "right"
+    """What the same words under another image are, and an image that is there twice. Papers on Flickr30k and COCO count
+    only a caption's own image as right, as if there were none: wrong."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(
-            f"{direction}_{metric}"
-            for direction in ("i2t", "t2i")
-            for metric in ("r1", "r5", "r10", "median_rank", "mean_rank")
-        )
+        return tuple(f"{direction}_{metric}" for direction in DIRECTIONS for metric in METRICS)
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
@@ -146,15 +265,49 @@ class Retrieval(Eval):
         captions, owners = [caption for caption, _ in pairs], torch.tensor([place for _, place in pairs])
         if missing := set(images.places).difference(owners.tolist()):
             raise ValueError(f"sample {min(missing)} of the dataset has no caption: retrieval needs one for each image")
-        return partial(self._run, images, captions, owners)
+        return _Run(images, captions, owners, self.duplicates == "right")
 
-    def _run(self, images: Inputs, captions: list[str], owners: Tensor, encoder: Encoder) -> Report:
-        image_features, text_features = encoder.encode("image", images), encoder.encode("text", captions)
-        image_to_text, text_to_image = retrieval_ranks(image_features, text_features, owners)
-        first = torch.searchsorted(owners, torch.arange(min(PAIRS_SHOWN, len(images))))
-        similarity = image_features[: len(first)] @ text_features[first].T
-        drawn: dict[str, Callable[[], Figure]] = {
-            "retrieval_grid": partial(_grid, images, captions, owners, text_to_image, image_features, text_features),
-            "similarity_matrix": partial(figures.similarity_matrix, similarity, [captions[i] for i in first]),
+
+@dataclass
+class _Run:
+    """An evaluation whose data are open."""
+
+    images: Inputs
+    captions: Sequence[str]
+    owners: Tensor  # int64 [m] the image of each caption
+    alike: bool  # whether what is equal is as right as what belongs together
+
+    @cached_property
+    def matches(self) -> Matches:
+        if not self.alike:
+            return Matches.of(self.owners, torch.arange(len(self.images)), torch.arange(len(self.captions)))
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
+        texts = torch.tensor([numbers[caption] for caption in self.captions])
+        return Matches.of(self.owners, digests(self.images), texts)
+
+    def __call__(self, encoder: Encoder) -> Report:
+        images, texts = encoder.encode("image", self.images), encoder.encode("text", self.captions)
+        to_texts, to_images = self.matches, self.matches.reversed
+        i2t, t2i = ranked(images, texts, to_texts), ranked(texts, images, to_images)
+        found = {
+            "i2t": rank_metrics(*i2t, to_texts.counts, len(texts)),
+            "t2i": rank_metrics(*t2i, to_images.counts, len(images), self.owners),
         }
-        return Report({**rank_metrics(image_to_text, "i2t"), **rank_metrics(text_to_image, "t2i")}, drawn)
+        first = torch.searchsorted(self.owners, torch.arange(min(PAIRS_SHOWN, len(images))))
+        similarity = images[: len(first)] @ texts[first].T
+        drawn: dict[str, Callable[[], Figure]] = {
+            "retrieval_grid": partial(self._grid, t2i[0], images, texts),
+            "similarity_matrix": partial(figures.similarity_matrix, similarity, [self.captions[i] for i in first]),
+        }
+        metrics = {f"{direction}_{name}": one for direction, by_name in found.items() for name, one in by_name.items()}
+        return Report(metrics, drawn)
+
+    def _grid(self, ranks: Tensor, images: Tensor, texts: Tensor) -> "Figure":
+        queries = []
+        for index in pick_queries(ranks):
+            own, rank = int(self.owners[index]), int(ranks[index])
+            right = self.matches.reversed.right(torch.tensor([index]))[0]
+            shown = nearest(images @ texts[index], right, own, rank)
+            found = [self.images[item] for item in shown]
+            queries.append(figures.Query(self.captions[index], rank, self.images[own], found))
+        return figures.retrieval_grid(queries, len(images))
