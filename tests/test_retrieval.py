@@ -11,20 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from multimodal.batch import Sample
-from multimodal.evals.retrieval import (
-    DIRECTIONS,
-    METRICS,
-    Matches,
-    Retrieval,
-    best_ranks,
-    chance_metrics,
-    digests,
-    ndcg,
-    nearest,
-    pick_queries,
-    rank_metrics,
-    ranked,
-)
+from multimodal.evals.ranking import METRICS, Matches, best_ranks, chance_metrics, ndcg, rank_metrics, ranked
+from multimodal.evals.retrieval import DIRECTIONS, Retrieval, digests, nearest, pick_queries
 from multimodal.parts import Dataset, Source, Sources
 
 

@@ -1,7 +1,7 @@
 """The laws of conf/: every file composes, says every knob of its class and no other, and builds."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from multimodal.cli import CONF
 from multimodal.config import TrainConfig, check
 from multimodal.data.augment import Keep
 from multimodal.offline import offline
+from multimodal.parts import Sources
 from multimodal.resolve import Part, find_part
 
 FILES = {
@@ -182,11 +183,12 @@ def test_a_dataset_or_evaluation_builds_where_its_files_are(
     compose: Compose, group: str, choice: str, tmp_path: Path
 ) -> None:
     raw, _, part = chosen(compose, group, choice)
+    at: Callable[[Path], Any] = Sources if group == "evals" else Path
     if any(value == GIVEN for inner in parts_in(raw) for value in inner.values()):
         with pytest.raises((ValueError, OSError), match="given"):
-            part.build(tmp_path)
+            part.build(at(tmp_path))
         return
     if needs_files(raw) and not DATASETS:
         pytest.skip("needs the files of data sets, in the folder that MULTIMODAL_DATASETS names")
-    built = part.build(Path(DATASETS or tmp_path))
+    built = part.build(at(Path(DATASETS or tmp_path)))
     assert callable(built) if group == "evals" else len(built) > 0

@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from multimodal.batch import Sample
 from multimodal.evals.zero_shot import (
     ZeroShot,
+    accuracies,
+    calibration_error,
     class_embeddings,
     confusion_counts,
     label_ranks,
@@ -87,6 +89,10 @@ def build(**knobs):
     return evaluation(**knobs).build(Sources(Path()))
 
 
+def values(report):
+    return {name: float(found) for name, found in report.metrics.items()}
+
+
 @pytest.fixture(scope="module")
 def open_clip_model():
     open_clip = pytest.importorskip("open_clip")
@@ -125,7 +131,7 @@ def test_ties_and_not_a_number_count_against_the_model():
 
 
 def test_a_collapsed_model_scores_no_better_than_chance():
-    metrics = build()(SameEncoder()).metrics
+    metrics = values(build()(SameEncoder()))
     assert metrics["top1"] == metrics["mean_per_class"] == 0 < metrics["chance"] == pytest.approx(1 / 3)
 
 
@@ -165,19 +171,26 @@ def test_the_confusion_matrix_counts_every_image_once_and_agrees_with_top_1():
 
 def test_every_class_is_known_by_the_mean_of_its_own_prompts():
     report = build()(WordEncoder())
-    assert report.metrics == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0, "chance": pytest.approx(1 / 3)}
+    found = values(report)
+    assert found.pop("ece") == pytest.approx(0, abs=1e-6)
+    assert found == {"top1": 1.0, "top5": 1.0, "mean_per_class": 1.0, "chance": pytest.approx(1 / 3)}
+    assert {name: report.metrics[name].chance for name in found if name != "chance"} == {
+        "top1": pytest.approx(1 / 3),
+        "top5": 1,
+        "mean_per_class": pytest.approx(1 / 3),
+    }
     assert set(report.figures) == {"confusion_matrix"}
 
 
 def test_an_image_taken_for_another_class_is_wrong():
-    metrics = build(seen_as=("cat", "owl", "owl"))(WordEncoder()).metrics  # two of six images are dogs
+    metrics = values(build(seen_as=("cat", "owl", "owl"))(WordEncoder()))  # two of six images are dogs
     assert metrics["top1"] == pytest.approx(4 / 6)
     assert metrics["mean_per_class"] == pytest.approx(2 / 3)
 
 
 def test_given_class_names_stand_for_those_of_the_dataset():
-    assert build(class_names=["cat", "dog", "owl"], names=("x", "y", "z"))(WordEncoder()).metrics["top1"] == 1
-    assert build(class_names=["dog", "cat", "owl"])(WordEncoder()).metrics["top1"] == pytest.approx(3 / 6)
+    assert values(build(class_names=["cat", "dog", "owl"], names=("x", "y", "z"))(WordEncoder()))["top1"] == 1
+    assert values(build(class_names=["dog", "cat", "owl"])(WordEncoder()))["top1"] == pytest.approx(3 / 6)
 
 
 def test_building_reads_no_image_and_its_result_travels_to_other_processes():
@@ -210,8 +223,96 @@ def test_there_is_at_least_one_template():
         ({"labels": (0, None, 1)}, "sample 1 of the dataset has no label.*needs a dataset whose samples all have one"),
         ({"labels": (None, None)}, "sample 0 of the dataset has no label"),
         ({"labels": ()}, "dataset is empty"),
+        ({"labels": (2, 0, 2)}, "1 of 3 classes have no image, such as label 1, 'dog'.*allow_empty_classes"),
+        ({"templates": None}, "dataset brings no templates: set templates"),
+        ({"templates": "imagnet"}, "should be a list, a .txt file with one a line, or imagenet"),
+        ({"templates": "none.txt"}, "there is no file"),
+        ({"class_names": "imagenet", "templates": "none.txt"}, "there is no file"),
     ],
 )
 def test_what_cannot_be_classified_is_refused_before_the_run(knobs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         build(**knobs)
+
+
+def test_names_and_prompts_come_from_files_from_open_clip_or_from_the_dataset(tmp_path):
+    import open_clip
+
+    (tmp_path / "classnames.txt").write_text("cat\ndog\nowl\n")
+    (tmp_path / "templates.txt").write_text("a photo of a {c}.\n\nthe {} over there\n{c}!\n")
+    part = evaluation("templates.txt", "classnames.txt", names=("x", "y", "z"))
+    stored = part.model_dump(mode="json")
+    assert (stored["templates"], stored["class_names"]) == ("templates.txt", "classnames.txt")
+    run = part.build(Sources(tmp_path))
+    assert values(run(WordEncoder()))["top1"] == 1
+    assert run.args[2:] == (("cat", "dog", "owl"), TEMPLATES)
+    run = evaluation("imagenet", "imagenet", labels=tuple(range(1000))).build(Sources(tmp_path))
+    assert run.args[2] == tuple(open_clip.IMAGENET_CLASSNAMES)
+    assert run.args[3] == tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+    run = evaluation("imagenet_simple").build(Sources(tmp_path))
+    assert run.args[3] == tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
+
+
+def test_a_file_of_prompts_is_refused_by_its_line(tmp_path):
+    (tmp_path / "templates.txt").write_text("a {}\na photo\n")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"templates.txt, line 2: a template should contain \{\} exactly once"):
+        evaluation("templates.txt").build(Sources(tmp_path))
+    for knobs in ({"templates": "empty.txt"}, {"class_names": "empty.txt"}):
+        with pytest.raises(ValueError, match=r"empty.txt is empty"):
+            evaluation(**knobs).build(Sources(tmp_path))
+
+
+def test_classes_without_images_are_out_where_that_is_allowed():
+    part = ZeroShot(
+        every="never", dataset=WordData(labels=(2, 0)), templates=TEMPLATES, class_names=None, allow_empty_classes=True
+    )
+    assert values(part.build(Sources(Path()))(WordEncoder()))["mean_per_class"] == 1
+
+
+# --- how sure, how calibrated ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_calibration_error_and_accuracies_are_those_of_torchmetrics(seed):
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(300, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(7, (300,), generator=generator)
+    probabilities = logits.softmax(dim=1)
+    error = functional.multiclass_calibration_error(probabilities, labels, 7, n_bins=15, norm="l1")
+    assert calibration_error(logits, labels).value == pytest.approx(error.item(), abs=1e-6)
+    for name, k, average in (("top1", 1, "micro"), ("top5", 5, "micro"), ("mean_per_class", 1, "macro")):
+        expected = functional.multiclass_accuracy(logits, labels, 7, average=average, top_k=k)
+        assert accuracies(logits, labels)[name].value == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_calibration_error_of_a_known_table():
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.6], dtype=torch.float64)  # right three times of four, in two bins
+    logits = torch.stack([confidence, 1 - confidence], dim=1).log()
+    found = calibration_error(logits, torch.tensor([0, 0, 1, 0]))
+    assert found.value == pytest.approx((3 * abs(0.9 - 2 / 3) + abs(0.6 - 1)) / 4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_interval_of_an_accuracy_is_that_of_the_binomial(share):
+    from scipy.stats import binom
+
+    count, num_hits = 2000, int(2000 * share)
+    labels = torch.zeros(count, dtype=torch.int64)
+    logits = torch.tensor([[1.0, 0.0]]).repeat(count, 1)
+    logits[num_hits:] = torch.tensor([0.0, 1.0])
+    for name in ("top1", "mean_per_class"):
+        found = accuracies(logits, labels)[name]
+        assert found.low * count == pytest.approx(binom.ppf(0.025, count, share), abs=6)
+        assert found.high * count == pytest.approx(binom.ppf(0.975, count, share), abs=6)
+
+
+def test_labels_at_random_score_what_chance_says():
+    """Within the interval of 99.9%."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4000, 10, generator=generator), torch.arange(4000) % 10
+    found = accuracies(logits, labels[torch.randperm(4000, generator=generator)])
+    for name, chance in (("top1", 0.1), ("top5", 0.5), ("mean_per_class", 0.1)):
+        assert found[name].chance == pytest.approx(chance)
+        assert abs(found[name].value - chance) < 3.29 * (chance * (1 - chance) / 4000) ** 0.5

@@ -138,13 +138,14 @@ def make_sample(key: str, file: bytes | Path, captions: tuple[str, ...]) -> Samp
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
-def _one_slot(template: str) -> str:
+def one_slot(template: str) -> str:
+    """The template, if it has one place for a name; else ValueError."""
     if template.count("{}") != 1:
         raise ValueError(f"a template should contain {{}} exactly once, for the name of the class, got '{template}'")
     return template
 
 
-Templates = Annotated[tuple[Annotated[str, AfterValidator(_one_slot)], ...], Strict(False), Field(min_length=1)]
+Templates = Annotated[tuple[Annotated[str, AfterValidator(one_slot)], ...], Strict(False), Field(min_length=1)]
 ClassNames = Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
 
 

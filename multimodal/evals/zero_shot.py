@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.data.files import ClassNames, Templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates, class_names, templates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.parts import Dataset, Encoder, Eval, Report, Source, Sources
+from multimodal.evals.intervals import bootstrap, means
+from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
+
+BINS = 15
+"""Of probabilities, in the calibration error."""
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
@@ -58,6 +62,51 @@ def mean_per_class_recall(
     return (found[present > 0] / present[present > 0]).mean().item()
 
 
+def calibration_error(
+    logits: Tensor,  # [n, K]
+    labels: Tensor,  # int64 [n]
+    bins: int = BINS,
+) -> Estimate:
+    """Expected calibration error: how far the probability of the first class is from its accuracy, on average.
+
+    Over bins of equal width of that probability, weighted by their counts. Equals torchmetrics' "l1" with as many
+    bins. Guo et al. 2017. A model's probabilities are the softmax of its scaled cosines.
+    """
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    place = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1])
+    excess = torch.zeros(len(labels), bins, dtype=torch.float64)
+    excess[torch.arange(len(labels)), place] = confidence - (predicted == labels).double()
+
+    def error(drawn: Tensor) -> Tensor:
+        return (drawn @ excess).abs().sum(dim=1) / drawn.sum(dim=1)
+
+    low, high = bootstrap(error, len(labels))
+    value = error(torch.ones(1, len(labels), dtype=torch.float64))
+    return Estimate(value.item(), low.item(), high.item(), None, len(labels))
+
+
+def accuracies(
+    logits: Tensor,  # [n, K]
+    labels: Tensor,  # int64 [n]
+) -> dict[str, Estimate]:
+    """`top1`, `top5` and `mean_per_class` with intervals and what guessing gives."""
+    ranks, num_classes = label_ranks(logits, labels), logits.shape[1]
+    chance = {f"top{k}": min(1.0, k / num_classes) for k in (1, 5)}
+    hits = (ranks == 1).double()
+
+    def mean_per_class(drawn: Tensor) -> Tensor:
+        empty = torch.zeros(len(drawn), num_classes, dtype=torch.float64)
+        found, present = (empty.index_add(1, labels, weights) for weights in (drawn * hits, drawn))
+        return (found / present).nanmean(dim=1)  # a class that is not drawn is out
+
+    low, high = bootstrap(mean_per_class, len(labels))
+    value = mean_per_class_recall(logits, labels)
+    return {
+        **means({f"top{k}": ranks <= k for k in (1, 5)}, chance),
+        "mean_per_class": Estimate(value, low.item(), high.item(), chance["top1"], len(labels)),
+    }
+
+
 def confusion_counts(
     logits: Tensor,  # [n, K]
     labels: Tensor,  # int64 [n]
@@ -72,7 +121,25 @@ def confusion_counts(
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def _labels(source: Source, class_names: Sequence[str]) -> Tensor:
+def zero_shot_classifier(
+    encoder: Encoder,
+    names: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor:  # [K, D] unit norm
+    """The classifier of class names in templates, each prompt embedded once."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    return class_embeddings(encoder.encode("text", prompts).view(len(names), len(templates), -1))
+
+
+def require_images(labels: Tensor, names: Sequence[str]) -> None:
+    """ValueError if a class has no image."""
+    absent = (torch.bincount(labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
+    if absent:
+        told = f"{len(absent)} of {len(names)} classes have no image, such as label {absent[0]}, '{names[absent[0]]}'"
+        raise ValueError(f"{told}: leave their names out, or set allow_empty_classes=true")
+
+
+def labels_of(source: Source, class_names: Sequence[str]) -> Tensor:
     """Every sample's label; ValueError unless all have one and names tell the classes apart."""
     if not class_names:
         raise ValueError("the dataset has no class names: set class_names, one for each label")
@@ -97,35 +164,43 @@ def _labels(source: Source, class_names: Sequence[str]) -> Tensor:
 class ZeroShot(Eval):
     """Classify images by the nearest class name, set into templates; no image of these classes need have been seen.
 
-    Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes), and `chance`, the top-1 of guessing.
+    Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes: the customary metric of some data sets, as
+    torchmetrics' accuracy with average="macro", where top-1 is its "micro"), `ece` (expected calibration error), and
+    `chance`, the top-1 of guessing.
     """
 
     dataset: Dataset
     """Images with labels."""
-    templates: Templates
-    """Prompts with one {} for the class name, averaged; none that training captions were made with, to be fair."""
-    class_names: ClassNames | None
-    """By label, instead of the dataset's own; null for those."""
+    templates: NamedTemplates | None
+    """Prompts with one {} for the class name, averaged; none that training captions were made with, to be fair. A
+    list, a .txt file with one a line, imagenet (OpenAI's 80), imagenet_simple (seven of them), or null for those that
+    the dataset brings."""
+    class_names: NamedClasses | None
+    """By label, instead of the dataset's own: a list, a .txt file with one a line, imagenet; null for the dataset's."""
+    allow_empty_classes: bool = False
+    """Whether there may be classes without an image, which are then out of `mean_per_class`."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return "top1", "top5", "mean_per_class", "chance"
+        return "top1", "top5", "mean_per_class", "ece", "chance"
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        class_names = source.class_names if self.class_names is None else self.class_names
-        return partial(self._run, Inputs(source, "image"), _labels(source, class_names), class_names)
+        names = class_names(self.class_names, data.root, source.class_names)
+        prompts = templates(self.templates, data.root, source.templates)
+        labels = labels_of(source, names)
+        if not self.allow_empty_classes:
+            require_images(labels, names)
+        return partial(self._run, Inputs(source, "image"), labels, names, prompts)
 
-    def _run(self, images: Inputs, labels: Tensor, class_names: Sequence[str], encoder: Encoder) -> Report:
-        prompts = [template.replace("{}", name) for name in class_names for template in self.templates]
-        text_features = encoder.encode("text", prompts)
-        classifier = class_embeddings(text_features.view(len(class_names), len(self.templates), -1))
-        logits = encoder.encode("image", images) @ classifier.T
-        metrics = {
-            "top1": top_k_accuracy(logits, labels, 1),
-            "top5": top_k_accuracy(logits, labels, 5),
-            "mean_per_class": mean_per_class_recall(logits, labels),
-            "chance": 1 / len(class_names),
+    def _run(
+        self, images: Inputs, labels: Tensor, names: Sequence[str], prompts: Sequence[str], encoder: Encoder
+    ) -> Report:
+        cosines = encoder.encode("image", images) @ zero_shot_classifier(encoder, names, prompts).T
+        metrics: dict[str, float | Estimate] = {
+            **accuracies(cosines, labels),
+            "ece": calibration_error(encoder.logit_scale * cosines, labels),
+            "chance": 1 / len(names),
         }
-        counts = confusion_counts(logits, labels)
-        return Report(metrics, {"confusion_matrix": partial(figures.confusion_matrix, counts, class_names)})
+        counts = confusion_counts(cosines, labels)
+        return Report(metrics, {"confusion_matrix": partial(figures.confusion_matrix, counts, names)})
