@@ -17,6 +17,7 @@ from multimodal.evals.zero_shot import (
     calibration_error,
     class_embeddings,
     confusion_counts,
+    in_order_of_names,
     label_ranks,
     mean_per_class_recall,
     top_k_accuracy,
@@ -316,3 +317,10 @@ def test_labels_at_random_score_what_chance_says():
     for name, chance in (("top1", 0.1), ("top5", 0.5), ("mean_per_class", 0.1)):
         assert found[name].chance == pytest.approx(chance)
         assert abs(found[name].value - chance) < 3.29 * (chance * (1 - chance) / 4000) ** 0.5
+
+
+def test_classes_of_one_name_come_in_their_order_as_topk_puts_them():
+    logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))[:, [0, 1, 2, 1, 3, 1]]
+    found = in_order_of_names(logits, ["a", "twin", "c", "twin", "d", "twin"])
+    assert torch.equal(found.argsort(dim=1, descending=True), logits.argsort(dim=1, descending=True, stable=True))
+    assert torch.equal(found[:, [0, 1, 2, 4]], logits[:, [0, 1, 2, 4]])

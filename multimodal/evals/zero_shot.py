@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.data.prompts import NamedClasses, NamedTemplates, class_names, templates
+from multimodal.data.prompts import IMAGENET, NamedClasses, NamedTemplates, class_names, templates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
 from multimodal.evals.intervals import bootstrap, means
@@ -107,6 +107,22 @@ def accuracies(
     }
 
 
+def in_order_of_names(
+    logits: Tensor,  # [n, K]
+    names: Sequence[str],  # K
+) -> Tensor:  # [n, K]
+    """Logits in which a class comes just behind those before it that have its name, as `topk` would put them.
+
+    For lists with a name twice that everybody uses: open_clip's of ImageNet has "missile" and "sunglasses" so.
+    """
+    logits, seen = logits.clone(), Counter[str]()
+    for place, name in enumerate(names):
+        for _ in range(seen[name]):
+            logits[:, place] = logits[:, place].nextafter(torch.tensor(-torch.inf, dtype=logits.dtype))
+        seen[name] += 1
+    return logits
+
+
 def confusion_counts(
     logits: Tensor,  # [n, K]
     labels: Tensor,  # int64 [n]
@@ -139,15 +155,19 @@ def require_images(labels: Tensor, names: Sequence[str]) -> None:
         raise ValueError(f"{told}: leave their names out, or set allow_empty_classes=true")
 
 
+def require_distinct(names: Sequence[str]) -> None:
+    """ValueError if two classes have one name."""
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
+
+
 def labels_of(source: Source, class_names: Sequence[str]) -> Tensor:
-    """Every sample's label; ValueError unless all have one and names tell the classes apart."""
+    """Every sample's label; ValueError unless all have one and a name."""
     if not class_names:
         raise ValueError("the dataset has no class names: set class_names, one for each label")
     if "" in (stripped := [name.strip() for name in class_names]):
         raise ValueError(f"the class name of label {stripped.index('')} is empty: set class_names, one for each label")
-    name, count = Counter(class_names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
     labels = [source.label(index) for index in range(len(source))]
     known = [label for label in labels if label is not None]
     if not known or len(known) < len(labels):
@@ -189,6 +209,8 @@ class ZeroShot(Eval):
         names = class_names(self.class_names, data.root, source.class_names)
         prompts = templates(self.templates, data.root, source.templates)
         labels = labels_of(source, names)
+        if self.class_names != IMAGENET:
+            require_distinct(names)
         if not self.allow_empty_classes:
             require_images(labels, names)
         return partial(self._run, Inputs(source, "image"), labels, names, prompts)
@@ -197,6 +219,7 @@ class ZeroShot(Eval):
         self, images: Inputs, labels: Tensor, names: Sequence[str], prompts: Sequence[str], encoder: Encoder
     ) -> Report:
         cosines = encoder.encode("image", images) @ zero_shot_classifier(encoder, names, prompts).T
+        cosines = in_order_of_names(cosines, names)
         metrics: dict[str, float | Estimate] = {
             **accuracies(cosines, labels),
             "ece": calibration_error(encoder.logit_scale * cosines, labels),
