@@ -21,6 +21,7 @@ from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.evals.zero_shot import class_embeddings
 from multimodal.interop import architectures
+from multimodal.interop.cfg_to_towers import Architecture
 from multimodal.interop.weights import initialise
 from multimodal.model import Model
 from multimodal.parts import BadSample
@@ -277,16 +278,22 @@ def open_clip(
     FileNotFoundError, says what there is.
     """
     place = device_of(device)
-    known = architectures.tags(architecture)
-    tagged = weights is not None and str(weights) in known
-    described = architectures.architecture(architecture, str(weights) if tagged else None)
+    described, tagged = describe_open_clip(architecture, weights)
     section = ModelSection(**{"max_logit_scale": 100.0, "learn_logit_scale": True, **described.model})
-    if weights is not None and not tagged and not Path(weights).exists():
-        have, near = ", ".join(known) or "none", did_you_mean(str(weights), known)
-        raise ValueError(f"weights '{weights}' are no file, and no tag of {architecture}; tags are: {have}.{near}")
     readers, model = build(described.towers, section, Keep(), list, None)
     if weights is not None:
         source = f"open_clip:{architecture}/{weights}" if tagged else str(weights)
         logger.info("%s", initialise(model, source, Path("runs")))
     origin = architecture if weights is None else f"{architecture}/{weights}"
     return ImageTextModel(model.to(place), readers, origin, precision, batch_size, workers)
+
+
+def describe_open_clip(architecture: str, weights: str | Path | None) -> tuple[Architecture, bool]:
+    """An architecture of open_clip's in our terms, and whether its weights are a tag; ValueError says what there is."""
+    known = architectures.tags(architecture)
+    tagged = weights is not None and str(weights) in known
+    described = architectures.architecture(architecture, str(weights) if tagged else None)
+    if weights is not None and not tagged and not Path(weights).exists():
+        have, near = ", ".join(known) or "none", did_you_mean(str(weights), known)
+        raise ValueError(f"weights '{weights}' are no file, and no tag of {architecture}; tags are: {have}.{near}")
+    return described, tagged

@@ -128,9 +128,9 @@ def count_steps(config: TrainConfig, source: Source | None, problems: Problems) 
     return per_epoch, total, warmup
 
 
-def open_evaluations(evals: Mapping[str, Eval], datasets: str, problems: Problems) -> dict[str, Evaluation]:
+def open_evaluations(evals: Mapping[str, Eval], data: Sources, problems: Problems) -> dict[str, Evaluation]:
     """The evaluations by name, their data opened."""
-    evaluations, data = {}, Sources(Path(datasets))
+    evaluations = {}
     for name, evaluation in evals.items():
         with problems.at(f"evals.{name}"):
             evaluations[name] = evaluation.build(data)

@@ -16,6 +16,7 @@ from multimodal.data.order import Batches
 from multimodal.evals.figures import batch_sheet
 from multimodal.kept_features import check_kept_features
 from multimodal.memory import check_micro_batches
+from multimodal.parts import Sources
 from multimodal.run_folder import config_text
 from multimodal.towers.batch_norm import check_batch_norms
 from multimodal.towers.images import ImagePreprocessor
@@ -30,7 +31,7 @@ def dry_run(config: TrainConfig) -> None:
     with problems.at("precision"):
         check_precision(config.precision, device_of(config.device))
     source = open_source(config, problems)
-    open_evaluations(config.evals, config.paths.datasets, problems)
+    open_evaluations(config.evals, Sources(config.paths.datasets), problems)
     per_epoch, total, warmup = count_steps(config, source, problems)
     if source is not None:
         check_kept_features(config, source, problems)

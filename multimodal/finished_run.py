@@ -11,11 +11,9 @@ from multimodal.config import Config, ConfigError, PathsSection, Weights
 from multimodal.resolve import did_you_mean
 
 
-class FinishedRun(Config):
-    """Which run, and where it is used."""
+class Settings(Config):
+    """Which state of a run, and where it is used."""
 
-    run: str = Field(min_length=1)
-    """Name of a run below `paths.runs`."""
     checkpoint: str | int
     """last, best, or a step."""
     weights: Weights
@@ -24,6 +22,13 @@ class FinishedRun(Config):
     device: Literal["auto", "cpu", "cuda"]
     workers: int = Field(ge=0)
     """Processes that read images."""
+
+
+class FinishedRun(Settings):
+    """Which run besides."""
+
+    run: str = Field(min_length=1)
+    """Name of a run below `paths.runs`."""
 
     @property
     def folder(self) -> Path:

@@ -79,8 +79,8 @@ class Dataset(Part):
 class Sources:
     """Opens data sets, each once however many ask for it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
         """The folder that their files, and those of evaluations, are relative to."""
         self._opened: dict[tuple[type[Dataset], str], Source] = {}
 

@@ -44,7 +44,7 @@ from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.not_finite import NotFinite
 from multimodal.optim import parameter_groups
-from multimodal.parts import Report, RunInfo
+from multimodal.parts import Report, RunInfo, Sources
 from multimodal.profiling import profiled, span
 from multimodal.progress import Progress
 from multimodal.results import estimates, folder_of, write_figures, write_numbers
@@ -132,7 +132,7 @@ class Trainer:
         with problems.at("precision"):
             check_precision(config.precision, self.device)
         source = open_source(config, problems)
-        self.evaluations = open_evaluations(config.evals, config.paths.datasets, problems)
+        self.evaluations = open_evaluations(config.evals, Sources(config.paths.datasets), problems)
         self.steps_per_epoch, total_steps, self.warmup_steps = count_steps(config, source, problems)
         if source is not None:
             check_kept_features(config, source, problems)

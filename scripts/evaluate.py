@@ -1,56 +1,73 @@
-"""Evaluate a run: `scripts/evaluate.py run=NAME [checkpoint=best] [evals=[cifar10,flickr8k]]`."""
+"""Evaluate runs, or open_clip's models: `scripts/evaluate.py run=NAME [checkpoint=best] [evals=[cifar10,flickr8k]]`."""
 
 import logging
+from typing import Annotated, Any
 
 from omegaconf import DictConfig
+from pydantic import BeforeValidator, Field, Strict
 
-from multimodal import checkpoint, distributed
+from multimodal import distributed
 from multimodal.cli import launch, plain, program
-from multimodal.config import ConfigError, check
-from multimodal.finished_run import FinishedRun
+from multimodal.config import check
+from multimodal.finished_run import Settings
 from multimodal.parts import Eval
 
 logger = logging.getLogger(__name__)
 
 
-class EvaluateConfig(FinishedRun):
-    """Which run, and on what."""
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
+
+class EvaluateConfig(Settings):
+    """Which models, and on what."""
+
+    run: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Strict(False),
+        Field(min_length=1),
+        BeforeValidator(_several),
+    ]
+    """Names of runs below `paths.runs`, one or a list; patterns of names ("shapes_*"); open_clip:ARCHITECTURE, or
+    open_clip:ARCHITECTURE/WEIGHTS with a tag or a file."""
     evals: dict[str, Eval]
-    """By name; those that the run was trained with, if there are none here."""
+    """By name; those that a run was trained with, if there are none here."""
 
 
 @program("evaluate")
 def main(composed: DictConfig) -> None:
-    """Load the checkpoint, run the evaluations, write `evaluations/<step>/`, print the numbers."""
+    """Load each model, run the evaluations, write `evaluations/<step>/` in its folder, print the numbers.
+
+    Data are opened, and mistakes in them told, before the first model is loaded.
+    """
     asked = check(plain(composed), EvaluateConfig)
-    folder = asked.find_checkpoint()
 
-    from multimodal.assemble import Problems, device_of, evaluate, load, open_evaluations
-    from multimodal.results import estimates, folder_of, write_figures, write_numbers
+    from multimodal.assemble import Problems, device_of, evaluate
+    from multimodal.results import FILE, estimates, table, write_figures, write_numbers
+    from multimodal.subjects import find, open_all
 
-    paths = asked.paths.model_dump()
-    config, assembled = load(folder, asked.weights, paths=paths, device=asked.device, workers=asked.workers)
-    evals = asked.evals or config.evals
-    if not evals:
-        raise ConfigError([("evals", "the run was trained with none: name some, such as evals=[shapes]")])
-    problems = Problems()
-    evaluations = open_evaluations(evals, asked.paths.datasets, problems)
-    problems.report()
-    distributed.start(device_of(config.device))
+    subjects = find(asked.run, asked)
+    evaluations = open_all(subjects, asked.evals)
+    distributed.start(device_of(asked.device))
+    found = {}
     try:
-        reports = evaluate(evaluations, assembled.encoder(config.workers), asked.weights)
+        for subject in subjects:
+            problems = Problems()
+            with problems.at(f"run {subject.name}"):
+                encoder = subject.load()
+            problems.report()
+            reports = evaluate(evaluations[subject.name], encoder, asked.weights)
+            found[subject.name] = estimates(reports)
+            if distributed.rank() == 0:
+                write_numbers(reports, subject.folder)
+                for _, path in write_figures(reports, subject.folder):
+                    logger.info("%s", path)
+                logger.info("%s", subject.folder / FILE)
     finally:
         distributed.stop()
-    if distributed.rank() != 0:
-        return
-    found = folder_of(asked.folder, checkpoint.load_state(folder).step)
-    write_numbers(reports, found)
-    for _, path in write_figures(reports, found):
-        logger.info("%s", path)
-    for key, estimate in estimates(reports).items():
-        logger.info("%s %.4f", key, estimate.value)
+    if distributed.rank() == 0:
+        logger.info("%s", table(found))
 
 
 if __name__ == "__main__":
-    launch(main, verbatim=("run",))
+    launch(main)

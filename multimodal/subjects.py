@@ -1,0 +1,112 @@
+"""What is evaluated: runs at a checkpoint, and open_clip's models, which have no run."""
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from multimodal import api, checkpoint
+from multimodal.assemble import Evaluation, Problems, load, open_evaluations
+from multimodal.config import ConfigError, TrainConfig, check
+from multimodal.finished_run import FinishedRun, Settings
+from multimodal.parts import Eval, Sources
+from multimodal.remembering import Remembering
+from multimodal.results import folder_of
+
+OPEN_CLIP = "open_clip:"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model, of which nothing is read yet but what it is."""
+
+    name: str
+    folder: Path
+    """Where its results go."""
+    evals: Mapping[str, Eval]
+    """Those that it was trained with."""
+    towers: tuple[str, ...]
+    """Their names."""
+    settings: Settings
+    checkpoint: Path | None
+    """Of a run; else it is open_clip's."""
+
+    def load(self) -> Remembering:
+        """The model, as evaluations see it; ValueError or FileNotFoundError where it cannot be."""
+        asked = self.settings
+        if self.checkpoint is not None:
+            changes = {"paths": asked.paths.model_dump(), "device": asked.device, "workers": asked.workers}
+            config, assembled = load(self.checkpoint, asked.weights, **changes)
+            return assembled.encoder(config.workers)
+        model = api.open_clip(*_open_clip(self.name), asked.device, "auto", workers=asked.workers)
+        return Remembering(model.encoder)
+
+
+def _open_clip(name: str) -> tuple[str, str | None]:
+    """Architecture and weights."""
+    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+    return architecture, weights or None
+
+
+def find(words: tuple[str, ...], settings: Settings) -> list[Subject]:
+    """The models that are named, by run, by a pattern of runs, or as open_clip:ARCHITECTURE/WEIGHTS.
+
+    ConfigError with all names that there are none of.
+    """
+    found, problems = {}, []
+    for word in words:
+        try:
+            for subject in _subjects(word, settings):
+                found[subject.name] = subject
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return list(found.values())
+
+
+def _subjects(word: str, settings: Settings) -> Iterator[Subject]:
+    runs = Path(settings.paths.runs)
+    if word.startswith(OPEN_CLIP):
+        if settings.weights != "raw":
+            raise ConfigError([("weights", f"{word} has no running mean of its weights: raw")])
+        try:
+            api.describe_open_clip(*_open_clip(word))
+        except ValueError as error:
+            raise ConfigError([("run", str(error))]) from None
+        folder = runs / word.replace(":", "-").replace("/", "-")
+        yield Subject(word, folder_of(folder, 0), {}, ("image", "text"), settings, None)
+        return
+    names = [word]
+    if any(letter in word for letter in "*?["):
+        names = sorted(path.name for path in runs.glob("*") if checkpoint.steps(path))
+        names = fnmatch.filter(names, word)
+        if not names:
+            raise ConfigError([("run", f"no run in {runs} is named like '{word}'")])
+    for name in names:
+        run = check({**settings.model_dump(include=set(Settings.model_fields)), "run": name}, FinishedRun)
+        place = run.find_checkpoint()
+        config = check({**checkpoint.load_config(place), "sharding": "none"}, TrainConfig)
+        results = folder_of(run.folder, checkpoint.load_state(place).step)
+        yield Subject(name, results, config.evals, tuple(config.towers), settings, place)
+
+
+def open_all(subjects: Sequence[Subject], evals: Mapping[str, Eval]) -> dict[str, dict[str, Evaluation]]:
+    """The `evals`, or else each model's own, by its name; ConfigError with all that is wrong with their data."""
+    problems = Problems()
+    for subject in subjects:
+        for name, part in (evals or subject.evals).items():
+            if missing := sorted(set(part.towers).difference(subject.towers)):
+                have = ", ".join(subject.towers)
+                told = f"needs towers named {', '.join(missing)}; {subject.name} has: {have}"
+                problems.append((f"evals.{name}", told))
+        if not evals and not subject.evals:
+            problems.append(("evals", f"{subject.name} was trained with none: name some, such as evals=[shapes]"))
+    data = Sources(Path(subjects[0].settings.paths.datasets))
+    if evals:
+        opened = open_evaluations(evals, data, problems)
+        found = {subject.name: opened for subject in subjects}
+    else:
+        found = {subject.name: open_evaluations(subject.evals, data, problems) for subject in subjects}
+    problems.report()
+    return found
