@@ -35,6 +35,9 @@ MAX_NAME = 100
 TO_MEND = (ConfigError, DamagedCheckpoint, RunError, BadSample)
 """What users can mend: told in lines, without a traceback."""
 
+OPTIONS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--package", "-p", "--info", "-i")
+"""Those of Hydra that a value follows."""
+
 NO_FILES = [  # our run directory is the only one, also when a stored configuration is launched
     "hydra/hydra_logging=none",
     "hydra/job_logging=none",
@@ -85,14 +88,16 @@ def program(config: str) -> Callable[[Callable[[DictConfig], T]], Callable[[], A
     return decorate
 
 
-def launch(task: Callable[[], Any], verbatim: Sequence[str] = ()) -> None:
+def launch(task: Callable[[], Any], verbatim: Sequence[str] = (), listed: str | None = None) -> None:
     """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1.
 
     Values of `verbatim` keys are text as it stands: "classes=cat,dog" is not a sweep, and a path may hold anything.
+    Words that are no overrides are the list of the `listed` key.
     """
     _start_logging()
     register_plugins()
-    sys.argv[1:] = [_quoted(word, verbatim) for word in sys.argv[1:]]
+    words = sys.argv[1:] if listed is None else _gathered(sys.argv[1:], listed)
+    sys.argv[1:] = [_quoted(word, verbatim) for word in words]
     overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
     place = next(overrides, len(sys.argv))
     sys.argv[place:place] = NO_FILES  # beside other overrides: the parser wants them in one row
@@ -119,11 +124,29 @@ def _quoted(word: str, verbatim: Sequence[str]) -> str:
     key, given, value = word.partition("=")
     if not given or key not in verbatim or value in ("", "null") or re.fullmatch(r"'.+'|\".+\"|\[.*\]", value, re.S):
         return word
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: str) -> str:
+    """Text in quotes, as Hydra and OmegaConf read it."""
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: backslashes count where an interpolation follows
     escaped = re.sub(
         r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), literal
     )  # Hydra: a quote
-    return f"{key}='{escaped}'"
+    return f"'{escaped}'"
+
+
+def _gathered(words: Sequence[str], key: str) -> list[str]:
+    """The words with those that are no overrides as one: "key=['a','b']". A folder's name may look like an override."""
+    kept: list[str] = []
+    gathered: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        option = word.startswith("-") or before in OPTIONS
+        override = re.match(r"(\+{0,2}|~)(hydra/)?[\w.@]+=", word) and not Path(word).is_dir()
+        (kept if option or override else gathered).append(word)
+    if gathered and any(word.startswith(f"{key}=") for word in kept):
+        _refuse(str(ConfigError([(key, f"given twice: as {key}=, and as {' '.join(gathered)}")])))
+    return [*kept, f"{key}=[{','.join(map(_literal, gathered))}]"] if gathered else kept
 
 
 def _retell(message: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ LAYERS = (
         "saving",
     ),
     ("export",),
-    ("dry_run", "kept_features", "plan", "trainer"),
+    ("dry_run", "kept_features", "plan", "report", "trainer"),
     ("api", "cli"),
     ("embeddings", "subjects"),
     ("__init__",),
