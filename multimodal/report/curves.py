@@ -165,7 +165,7 @@ def _axis(low: float, high: float, scale: float) -> tuple[tuple[float, float], l
     if low >= 0:
         first = max(0.0, first)
     last = high + 0.04 * (high - low)
-    step = _round_step((last - first) * scale / 4)
+    step = _round_step((last - first) * scale / 5)
     ticks = []
     for index in range(math.ceil(first * scale / step - 1e-9), math.floor(last * scale / step + 1e-9) + 1):
         value = index * step
@@ -175,7 +175,7 @@ def _axis(low: float, high: float, scale: float) -> tuple[tuple[float, float], l
 
 def _round_step(rough: float) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    return power * min((1, 2, 5, 10), key=lambda factor: abs(math.log(factor * power / rough)))
 
 
 def _tick(value: float) -> str:

@@ -1,6 +1,7 @@
 """What a run's folder holds, as far as a report shows it; any piece may be missing."""
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,8 @@ from multimodal.tracker import METRICS, SUMMARY, Row
 EVALUATIONS, RESULTS, FIGURES = "evaluations", "results.json", "figures"
 TRAINING_CURVES = "curves"
 """A figure of every trained run; a report draws the curves of all runs itself."""
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""Of batch norms: they stand among the weights, and are no parameters."""
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -226,17 +229,15 @@ def _parameters(folder: Path) -> int | None:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, 10**8)))
-            shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
+            shapes = [entry["shape"] for key, entry in header.items() if _is_parameter(key)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
             continue
-        total = 0
-        for shape in shapes:
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-        return total
+        return sum(map(math.prod, shapes))
     return None
+
+
+def _is_parameter(name: str) -> bool:
+    return name != "__metadata__" and not name.endswith(BUFFERS)
 
 
 def _pictures(folder: Path, run: Run) -> Iterator[Picture]:

@@ -15,6 +15,7 @@ MOST = 10
 """Columns of main numbers."""
 SAME = ("run.name", "paths")
 """Settings that say only what a run is called and where it was."""
+TARGET = "_target_"
 ABSENT = object()
 LONGEST = 90
 
@@ -35,6 +36,7 @@ class Column:
     name: str
     unit: str
     facts: list[Fact]
+    evaluation: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ def speed(run: Run) -> float | None:
 
 
 def main_metrics(runs: Sequence[Run]) -> list[str]:
-    """The keys that stand for each evaluation."""
+    """The keys that stand for each evaluation; with the running mean of the weights only where that is all there is."""
     keys: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.values):
         keys.setdefault(split(key)[0], []).append(key)
     chosen = []
     for evaluation, known in keys.items():
+        if evaluation.startswith("eval_ema/") and evaluation.replace("eval_ema", "eval", 1) in keys:
+            continue
         wanted = [f"{evaluation}/{metric}" for metric in MAIN]
         chosen += [key for key in wanted if key in known][:2] or known[:1]
     return chosen
@@ -99,7 +103,8 @@ def _metric(key: str, runs: Sequence[Run]) -> Column:
     values = [run.values.get(key) for run in runs]
     share = is_share(split(key)[1], [value for value in values if value is not None])
     numbers = [None if value is None else value.value for value in values]
-    return Column(key, "%" if share else "", [Fact(amount(value, share), value) for value in numbers])
+    evaluation, metric = split(key)
+    return Column(metric, "%" if share else "", [Fact(amount(value, share), value) for value in numbers], evaluation)
 
 
 # --- configurations -------------------------------------------------------------------------------------------------
@@ -125,7 +130,12 @@ def _differing(path: str, values: list[Any], counted: list[bool]) -> Iterator[tu
     if not all(isinstance(value, Mapping) for value in known):
         yield path, values
         return
-    for key in dict.fromkeys(key for value in known for key in value):
+    targets = {value.get(TARGET) for value in known}
+    if len(targets) > 1:
+        yield path, values
+    for key in dict.fromkeys(key for value in known for key in value if key != TARGET):
+        if len(targets) > 1 and len({repr(value[key]) for value in known if key in value}) == 1:
+            continue  # the other part has no such setting
         inner = [value.get(key, ABSENT) if isinstance(value, Mapping) else ABSENT for value in values]
         yield from _differing(f"{path}.{key}" if path else str(key), inner, counted)
 
@@ -134,7 +144,7 @@ def _setting(value: Any) -> Fact:
     if value is ABSENT:
         return Fact(NONE)
     if isinstance(value, Mapping):
-        target = str(value.get("_target_", "")).rpartition(".")[2]
+        target = str(value.get(TARGET, "")).rpartition(".")[2]
         text = target or f"{len(value)} settings"
         return Fact(text, text, json.dumps(value, ensure_ascii=False, default=str))
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

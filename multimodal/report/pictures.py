@@ -77,7 +77,9 @@ def _grouped(shown: dict[Picture, Shown]) -> Iterator[Group]:
     figures = list(dict.fromkeys(figure for _, figure in kinds))
     known = [figure for figure in ORDER if figure in figures]
     ordered = [*known, *(figure for figure in figures if figure not in known)]
-    for evaluation, figure in sorted(kinds, key=lambda kind: (kind[0] == "", ordered.index(kind[1]))):
+    for evaluation, figure in sorted(
+        kinds, key=lambda kind: (not kind[0], ordered.index(kind[1]), kind[0].startswith("eval_ema/"))
+    ):
         yield Group(evaluation, figure, kinds[evaluation, figure])
 
 
