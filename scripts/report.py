@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field
 
 from multimodal.cli import launch, plain, program
 from multimodal.config import Config, PathsSection, RunError, check
-from multimodal.report import folders, page
+from multimodal.report import folders, numbers, page
 
 logger = logging.getLogger(__name__)
 
 
 def _words(value: Any) -> Any:
-    """The runs that a string names, with commas between; a list as it is."""
-    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+    """The runs that a string names, with commas between, or those of a list."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(",") if word.strip())
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _runs_are_there(config: "ReportConfig") -> Iterator[tuple[str, str]]:
@@ -39,9 +41,7 @@ class ReportConfig(Config):
 
     rules = (_runs_are_there, _out_is_a_page)
 
-    runs: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Strict(False), Field(min_length=1), BeforeValidator(_words)
-    ]
+    runs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_words)]
     """Names of runs below `paths.runs`, folders, or globs."""
     out: str | None = Field(min_length=1)
     """An HTML file; null for report.html in `paths.runs`."""
@@ -66,7 +66,8 @@ def main(composed: DictConfig) -> None:
         page.write(out, page.render(runs))
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}") from error
-    logger.info("%d run%s, %.1f MB: %s", len(runs), "s" if len(runs) > 1 else "", out.stat().st_size / 1e6, out)
+    size = numbers.short(out.stat().st_size)
+    logger.info("%d run%s, %sB: %s", len(runs), "s" if len(runs) > 1 else "", size, out)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def browser() -> Iterator[Browser]:
     with subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
         try:
             assert driver.stdout is not None
-            port = next(line.rsplit("port ", 1)[1].strip(" .\n") for line in driver.stdout if "successfully on port" in line)
+            port = next(
+                line.rsplit("port ", 1)[1].strip(" .\n") for line in driver.stdout if "successfully on port" in line
+            )
             window = Browser(f"http://127.0.0.1:{port}")
             try:
                 yield window
