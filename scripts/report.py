@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from pydantic import BeforeValidator, Field
 
 from multimodal.cli import launch, plain, program
-from multimodal.config import Config, PathsSection, RunError, check
+from multimodal.config import MISSING, Config, PathsSection, RunError, check
 from multimodal.report import folders, numbers, page
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 def _words(value: Any) -> Any:
     """The runs that a string names, with commas between, or those of a list."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value != MISSING:
         return tuple(word.strip() for word in value.split(",") if word.strip())
     return tuple(value) if isinstance(value, list) else value
 

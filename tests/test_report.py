@@ -352,6 +352,11 @@ def test_mistakes_are_told_together_and_nothing_is_written(tmp_path: Path) -> No
     assert not list(tmp_path.glob("report*"))
 
 
+def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
+    done = report(cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "1 problem in the configuration:\n  runs: no value given\n")
+
+
 def test_the_program_writes_one_page_and_says_where(tmp_path: Path) -> None:
     three(tmp_path / "runs")
     sweep = shifted(0.01)
