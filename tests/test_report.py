@@ -83,6 +83,7 @@ def test_a_value_is_the_newest_with_its_interval(tmp_path: Path) -> None:
         ("t2i_mean_rank", 12345.6, "12,346"),
         ("effective_rank", 0.5, "0.5"),
         ("gap", 0.81234, "0.8123"),
+        ("spearman", 0.81234, "0.8123"),
         ("recall", None, numbers.NONE),
     ],
 )
@@ -154,7 +155,13 @@ def test_curves_are_made_of_points_in_the_files_and_keep_the_extremes(tmp_path: 
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e12, 1e12)), min_size=1, max_size=20),
+    st.lists(
+        st.tuples(
+            st.integers(0, 10**7), st.floats(-1e12, 1e12) | st.sampled_from([0.0, 5e-324, 1e-300, -1e299, 1e299])
+        ),
+        min_size=1,
+        max_size=20,
+    ),
     st.booleans(),
 )
 def test_any_values_can_be_drawn(points: list[tuple[int, float]], share: bool) -> None:

@@ -117,6 +117,20 @@ def test_a_picture_is_enlarged_and_put_back(window: Browser) -> None:
     assert not window.run("return document.querySelector('dialog').open")
 
 
+def test_the_values_under_the_pointer_are_told(window: Browser) -> None:
+    window.click("#tab-curves")
+    told = "return document.querySelector('.wide .last').textContent.trim()"
+    last = window.run(told)
+    move = (
+        "const svg = document.querySelector('.wide svg'), box = svg.getBoundingClientRect();"
+        "svg.dispatchEvent(new PointerEvent('%s', {clientX: box.left + 0.48 * box.width, clientY: box.top + 5}))"
+    )
+    window.run(move % "pointermove")
+    assert window.run(told).split() == ["3.59", "3.69", "at", "30"]
+    window.run(move % "pointerleave")
+    assert window.run(told) == last
+
+
 def test_a_run_can_be_hidden_from_the_curves(window: Browser) -> None:
     curves = "return [...document.querySelectorAll('.wide .curve')].map(c => getComputedStyle(c).display)"
     window.click("#tab-curves")

@@ -15,6 +15,8 @@ MOST_POINTS = 400
 ALL_POINTS = 60_000
 """Of all curves of a page."""
 LOSS = "train/loss"
+TINY = 1e-290
+"""Differences below are none: no axis could be divided."""
 
 Point = tuple[float, float]
 
@@ -158,8 +160,8 @@ def _path(points: list[Point], x: tuple[float, float], y: tuple[float, float]) -
 
 def _axis(low: float, high: float, scale: float) -> tuple[tuple[float, float], list[Tick]]:
     """The ends of an axis, a little beyond the values, and round places on it."""
-    if low == high:
-        pad = abs(low) or 1.0
+    if high - low < TINY:
+        pad = abs(low) if abs(low) > TINY else 1.0
         low, high = (low - pad / 2, high + pad / 2) if low else (0.0, pad)
     first = low if low == 0 else low - 0.04 * (high - low)
     if low >= 0:

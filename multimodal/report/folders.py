@@ -218,7 +218,7 @@ def _value(told: Any, step: int) -> Value:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return value if known else None
 
 

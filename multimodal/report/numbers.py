@@ -10,6 +10,11 @@ NONE = "\N{EN DASH}"
 SHARE = re.compile(
     r"(^|_)((r|top|p|hits?|recall|precision|m?ap|acc|accuracy|auc|auroc|f1|mrr|ndcg)(_?at_?|@)?\d*|mean_per_class|share)$"
 )
+MEASURE = re.compile(
+    r"(^|_)(rank|gap|distance|effect_size|cosine|alignment|uniformity|entropy|norm|variance|std|scale|margin)$"
+)
+"""No fractions, although they may have a chance level."""
+CORRELATION = re.compile(r"(^|_)(spearman|pearson|kendall|correlation)$")
 LESS_IS_BETTER = re.compile(r"(^|_)(median_rank|mean_rank|loss|error|perplexity|ece|fid)$")
 
 
@@ -17,13 +22,17 @@ def is_share(metric: str, values: Iterable[Value]) -> bool:
     """Whether a metric is a fraction, shown in percent: its name says so, or it has a chance level; all in 0 to 1."""
     values = list(values)
     known = [x for v in values for x in (v.value, v.low, v.high, v.chance) if x is not None]
-    named = SHARE.search(metric) is not None or any(v.chance is not None for v in values)
-    return named and not LESS_IS_BETTER.search(metric) and all(0 <= x <= 1 for x in known)
+    named = SHARE.search(metric) is not None
+    other = any(pattern.search(metric) for pattern in (MEASURE, CORRELATION, LESS_IS_BETTER))
+    compared = any(v.chance is not None for v in values)
+    return (named or (compared and not other)) and all(0 <= x <= 1 for x in known)
 
 
 def better(metric: str, share: bool) -> int:
     """1 if more of the metric is better, -1 if less is, 0 if its name does not say."""
-    return -1 if LESS_IS_BETTER.search(metric) else int(share)
+    if LESS_IS_BETTER.search(metric):
+        return -1
+    return int(share or CORRELATION.search(metric) is not None)
 
 
 def plain(value: float | None) -> str:
