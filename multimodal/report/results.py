@@ -40,9 +40,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """An evaluation."""
+    """An evaluation of those runs that have it."""
 
     evaluation: str
+    runs: list[int]
     lines: list[Line]
 
 
@@ -59,7 +60,12 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         evaluation, metric = split(key)
         metrics.setdefault(evaluation, []).append(metric)
     ordered = sorted(metrics, key=lambda name: name.startswith("eval_ema/"))
-    return [Table(name, [_line(name, metric, runs) for metric in _shown(metrics[name])]) for name in ordered]
+    return [_table(name, _shown(metrics[name]), runs) for name in ordered]
+
+
+def _table(evaluation: str, metrics: list[str], runs: Sequence[Run]) -> Table:
+    having = [i for i, run in enumerate(runs) if any(f"{evaluation}/{metric}" in run.values for metric in metrics)]
+    return Table(evaluation, having, [_line(evaluation, metric, [runs[i] for i in having]) for metric in metrics])
 
 
 def _shown(metrics: list[str]) -> list[str]:
