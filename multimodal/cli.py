@@ -5,12 +5,12 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
@@ -80,10 +80,9 @@ def program(config: str) -> Callable[[Callable[[DictConfig], T]], Callable[[], A
                     _refuse(str(error))
                 raise
 
-        decorated: Callable[[], Any] = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(
-            guarded
-        )
-        return decorated
+        decorated: Any = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(guarded)
+        decorated.config = config
+        return cast(Callable[[], Any], decorated)
 
     return decorate
 
@@ -107,7 +106,25 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = (), listed: str | 
     except TO_MEND as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(str(ConfigError([_retell(str(error))])))
+        path, text = _retell(str(error))
+        if unknown := re.match(r"Could not override '([^']+)'", text):
+            text += f".{did_you_mean(unknown[1], _keys_of(getattr(task, 'config', '')))}"
+        _refuse(str(ConfigError([(path, text)])))
+
+
+def _keys_of(config: str) -> list[str]:
+    """All keys, dotted, of a configuration in `conf/` as it is without overrides; for a hint."""
+
+    def keys(value: Any, path: str) -> Iterator[str]:
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            yield f"{path}{key}"
+            yield from keys(inner, f"{path}{key}.")
+
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return list(keys(OmegaConf.to_container(hydra.compose(config)), ""))
+    except (HydraException, OmegaConfBaseException):
+        return []
 
 
 def _start_logging() -> None:

@@ -359,6 +359,13 @@ def test_mistakes_are_told_together_and_nothing_is_written(tmp_path: Path) -> No
     assert not list(tmp_path.glob("report*"))
 
 
+def test_a_key_that_there_is_not_is_told_with_the_nearest(tmp_path: Path) -> None:
+    done = report("a", "paths.rns=x", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Could not override 'paths.rns'" in done.stderr
+    assert "Did you mean 'paths.runs'?" in done.stderr
+
+
 def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     done = report(cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "1 problem in the configuration:\n  runs: no value given\n")
