@@ -85,32 +85,38 @@ def best_ranks(
     So ties count against the model, and NaN too: one that gives all items the same score, or none, comes last. Other
     right items do not stand in the way. A query without a right item comes after all.
     """
-    best = torch.where(right, scores, -torch.inf).amax(dim=1, keepdim=True)
-    return 1 + (~(scores < best) & ~right).sum(dim=1)
+    return _ranks_and_gains(scores.clone(), right)[0]
 
 
 def ndcg(
     scores: Tensor,  # [n, m] of every query with every item
     right: Tensor,  # bool [n, m]
-    k: int = CUT,
 ) -> Tensor:  # float64 [n]
-    """Normalised discounted cumulative gain of the first k items, where an item is right or wrong.
+    """Normalised discounted cumulative gain of the first ten items, where an item is right or wrong.
 
     Where nothing ties it is that of trec_eval, and so of MTEB; there ties are broken by the items' names, here
     against the model. 0 for a query without a right item. Järvelin and Kekäläinen 2002.
     """
-    k = min(k, scores.shape[1])
-    wrong = torch.where(right, -torch.inf, scores.nan_to_num(torch.inf)).topk(k).values
-    hits = torch.where(right, scores.nan_to_num(-torch.inf), -torch.inf).topk(k).values
-    found = right.sum(dim=1)
+    return _ranks_and_gains(scores.clone(), right)[1]
+
+
+def _ranks_and_gains(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at once; in the scores, which are written over, hardly anything else is as large."""
+    k, found = min(CUT, scores.shape[1]), right.sum(dim=1)
+    hits = torch.full((len(scores), k), -torch.inf, dtype=scores.dtype)  # of the best k right ones, in order
+    for row, mask in enumerate(right):
+        best = scores[row, mask].nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True).values[:k]
+        hits[row, : len(best)] = best
+    num_wrong = scores.shape[1] - found[:, None]
+    wrong = scores.nan_to_num_(torch.inf, torch.inf, -torch.inf).masked_fill_(right, -torch.inf)  # which come last
+    above = (wrong >= hits[:, :1]).sum(dim=1)
     number = torch.arange(1, k + 1)
-    are_wrong = number <= scores.shape[1] - found[:, None]  # the others only fill up
-    before = (wrong[:, None, :] >= hits[:, :, None]) & are_wrong[:, None, :]
-    places = number + before.sum(dim=2)  # [n, k], of the first right, the second, ...
-    gains = 1 / torch.log2(1 + number.double())
+    first = wrong.topk(k).values
+    before = ((first[:, None, :] >= hits[:, :, None]) & (number <= num_wrong)[:, None, :]).sum(dim=2)
+    places = number + before  # [n, k], of the first right one, the second, ...
     gained = torch.where((places <= k) & (number <= found[:, None]), 1 / torch.log2(1 + places.double()), 0.0)
-    ideal = gains.cumsum(0)[(found.clamp(1, k) - 1)]
-    return gained.sum(dim=1) / ideal
+    ideal = (1 / torch.log2(1 + number.double())).cumsum(0)[found.clamp(1, k) - 1]
+    return 1 + above.minimum(num_wrong.squeeze(1)), gained.sum(dim=1) / ideal
 
 
 def ranked(
