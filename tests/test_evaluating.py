@@ -1,6 +1,7 @@
 """The laws of evaluations while training: they change nothing, and say which checkpoint is the best."""
 
 import errno
+import json
 import math
 import signal
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report, Sources
+from multimodal.results import folder_of
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
@@ -60,6 +62,8 @@ def test_the_best_checkpoint_is_that_of_the_first_best_value(
 ) -> None:
     config = evaluated(tiny_config(), mode)
     summary = Trainer(config).run()
+    told = {at: json.loads((folder_of(config.folder, at) / "results.json").read_text()) for at in SCORES}
+    assert {at: found["eval/it/top1"]["value"] for at, found in told.items()} == SCORES
     assert [(row["step"], row["eval/it/top1"]) for row in rows(config) if "eval/it/top1" in row] == list(SCORES.items())
     assert load_state(find(config.folder, "best")).step == step == summary["best/step"]
     assert load_state(find(config.folder, "best")).best == best == summary["best/eval/it/top1"]
