@@ -1,0 +1,29 @@
+"""The effects of association tests, one under the other, with their intervals."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from multimodal.evals.figures import BLUE, GREY, NORMAL, SMALL, _figure, _wrap
+from multimodal.parts import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def effects(found: Mapping[str, Estimate]) -> "Figure":
+    """Effect sizes by test: away from 0 one group of targets is nearer to one attribute than the other group is."""
+    figure = _figure(5.6, 0.9 + 0.19 * len(found))
+    axes = figure.subplots()
+    for row, effect in enumerate(found.values()):
+        if effect.low is not None and effect.high is not None:
+            axes.plot([effect.low, effect.high], [row, row], color=BLUE, linewidth=1.2, alpha=0.6)
+        axes.plot(effect.value, row, "o", color=BLUE, markersize=3.5)
+    axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(found)), [_wrap(name, 46, 1) for name in found], parse_math=False)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(-2.1, 2.1)
+    axes.set_xlabel("effect size (standard deviations), 95% interval", fontsize=NORMAL)
+    axes.tick_params(labelsize=SMALL, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", linewidth=0.4, color="#DDDDDD")
+    return figure
