@@ -22,7 +22,7 @@ def effects(found: Mapping[str, Estimate]) -> "Figure":
     axes.set_yticks(range(len(found)), [_wrap(name, 46, 1) for name in found], parse_math=False)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(-2.1, 2.1)
-    axes.set_xlabel("effect size (standard deviations), 95% interval", fontsize=NORMAL)
+    axes.set_xlabel("effect size, 95% interval", fontsize=NORMAL)
     axes.tick_params(labelsize=SMALL, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", linewidth=0.4, color="#DDDDDD")
