@@ -162,7 +162,7 @@ def require_distinct(names: Sequence[str]) -> None:
             raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
 
 
-def labels_of(source: Source, class_names: Sequence[str]) -> Tensor:
+def labels_of(source: Source, class_names: Sequence[str], purpose: str = "zero-shot classification") -> Tensor:
     """Every sample's label; ValueError unless all have one and a name."""
     if not class_names:
         raise ValueError("the dataset has no class names: set class_names, one for each label")
@@ -172,7 +172,7 @@ def labels_of(source: Source, class_names: Sequence[str]) -> Tensor:
     known = [label for label in labels if label is not None]
     if not known or len(known) < len(labels):
         missing = f"sample {labels.index(None)} of the dataset has no label" if labels else "the dataset is empty"
-        raise ValueError(f"{missing}: zero-shot classification needs a dataset whose samples all have one")
+        raise ValueError(f"{missing}: {purpose} needs a dataset whose samples all have one")
     if not 0 <= min(known) <= max(known) < len(class_names):
         raise ValueError(
             f"labels go from {min(known)} to {max(known)} but there are {len(class_names)} class names: "
