@@ -135,6 +135,16 @@ def test_the_effect_stays_within_its_bounds_for_groups_of_one_size(seed, n, m):
     assert abs(effect_size(x, y)) <= 2
 
 
+def test_intervals_keep_the_sizes_of_groups_and_so_the_bounds():
+    x, y = torch.tensor([1.0, 1, 1, 0.9]), torch.tensor([-1.0, -1, -1, -0.9])
+    features = torch.stack([torch.cat([x, y]), (1 - torch.cat([x, y]) ** 2).sqrt()], dim=1)
+    effect = association_test(
+        features[:4], features[4:], torch.tensor([[1.0, 0]]), torch.tensor([[-1.0, 0]]), 99
+    ).effect
+    assert effect.low <= effect.value <= 2 * math.sqrt(7 / 8)
+    assert effect.high <= 2 * math.sqrt(7 / 8) + 1e-9
+
+
 def test_a_model_that_finds_all_alike_has_no_effect_and_no_significance():
     same = unit(1, 8).expand(6, -1)
     found = association_test(same, same, unit(3, 8, seed=1), unit(3, 8, seed=2), permutations=99)

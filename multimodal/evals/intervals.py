@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from multimodal.parts import Estimate
@@ -18,17 +19,23 @@ def bootstrap(
     statistic: Callable[[Tensor], Tensor],  # from how often each unit was drawn, float64 [R, n], to its values [R, ...]
     count: int,  # n, units that are drawn: samples, or images with all of their captions
     seed: int = 0,
+    strata: Tensor | None = None,  # int64 [n]: of each kind as many are drawn as there are
 ) -> tuple[Tensor, Tensor]:  # [...] each, the ends of the 95% interval
     """The percentiles of a statistic over 1,000 samples of the same size, drawn from the data with replacement.
 
     The statistic is given counts, not data, so that the same draws serve many numbers. Efron 1979.
     """
-    rng = np.random.default_rng(seed)
+    rng, units = np.random.default_rng(seed), np.arange(count)
+    kinds = [units] if strata is None else [units[(strata == kind).numpy()] for kind in torch.unique(strata)]
+
+    def draw() -> NDArray[np.intp]:
+        return np.concatenate([kind[rng.integers(len(kind), size=len(kind))] for kind in kinds])
+
     rows = max(1, AT_A_TIME // max(1, count))
     values = []
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
-        drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(size)]
+        drawn = [np.bincount(draw(), minlength=count) for _ in range(size)]
         values.append(statistic(torch.from_numpy(np.stack(drawn)).double()).double())
     tail = (1 - LEVEL) / 2
     low, high = torch.cat(values).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)

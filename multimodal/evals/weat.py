@@ -138,10 +138,11 @@ def association_test(
     attribute_b: Tensor,  # [q, D] unit norm
     permutations: int,
 ) -> Association:
-    """Effect size with its interval, over targets drawn again for attributes as they are, and the p-value."""
+    """Effect size with its interval, over targets drawn again within their groups, and the p-value."""
     x, y = (associations(targets, attribute_a, attribute_b) for targets in (target_x, target_y))
     values = torch.cat([x, y])
-    low, high = bootstrap(partial(_effect_sizes, values, len(x)), len(values))
+    in_y = (torch.arange(len(values)) >= len(x)).long()
+    low, high = bootstrap(partial(_effect_sizes, values, len(x)), len(values), strata=in_y)
     effect = Estimate(effect_size(x, y), low.item(), high.item(), chance=0.0, count=len(values))
     null = null_differences(x, y, permutations)
     deviation = values.std().item()

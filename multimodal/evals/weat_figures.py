@@ -3,21 +3,33 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from multimodal.evals.figures import BLUE, GREY, NORMAL, SMALL, _figure, _wrap
+from multimodal.evals.figures import BLUE, GREY, NORMAL, ORANGE, SMALL, _figure, _wrap
 from multimodal.parts import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def effects(found: Mapping[str, Estimate]) -> "Figure":
-    """Effect sizes by test: away from 0 one group of targets is nearer to one attribute than the other group is."""
-    figure = _figure(5.6, 0.9 + 0.19 * len(found))
+def effects(found: Mapping[str, Estimate], after: Mapping[str, Estimate] | None = None) -> "Figure":
+    """Effect sizes by test: away from 0 one group of targets is nearer to one attribute than the other group is.
+
+    With what they are `after` a change in orange below.
+    """
+    figure = _figure(5.6, 0.9 + (0.19 if after is None else 0.28) * len(found))
     axes = figure.subplots()
-    for row, effect in enumerate(found.values()):
-        if effect.low is not None and effect.high is not None:
-            axes.plot([effect.low, effect.high], [row, row], color=BLUE, linewidth=1.2, alpha=0.6)
-        axes.plot(effect.value, row, "o", color=BLUE, markersize=3.5)
+    series = (
+        [(found, BLUE, "before", 0.0)]
+        if after is None
+        else [(found, BLUE, "before", -0.16), (after, ORANGE, "after", 0.16)]
+    )
+    for estimates, colour, label, offset in series:
+        for row, effect in enumerate(estimates.values()):
+            place = row + offset
+            if effect.low is not None and effect.high is not None:
+                axes.plot([effect.low, effect.high], [place, place], color=colour, linewidth=1.2, alpha=0.6)
+            axes.plot(effect.value, place, "o", color=colour, markersize=3.5, label=None if row else label)
+    if after is not None:
+        axes.legend(fontsize=SMALL, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(found)), [_wrap(name, 46, 1) for name in found], parse_math=False)
     axes.set_ylim(len(found) - 0.5, -0.5)
