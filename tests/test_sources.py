@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from pydantic import ValidationError
 
-from multimodal.data import shards
+from multimodal.data import tars
 from multimodal.data.arrays import Arrays
 from multimodal.data.image_folder import ImageFolder
 from multimodal.data.manifest import Manifest
@@ -242,13 +242,13 @@ def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytes
 
 
 def test_maps_are_opened_by_use_and_never_more_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_MAPS", 2)
+    monkeypatch.setattr(tars, "MAX_MAPS", 2)
     for number in range(4):
         write_shard(tmp_path / f"{number}.tar", range(number, number + 1))
     source = Shards(urls="{0..3}.tar").build(tmp_path)
     for index in (0, 1, 2, 3, 0, 3, 1):
         assert source.captions(index)[0] == f"picture {index}"
-        assert len(source.maps) <= 2
+        assert len(source.tars.maps) <= 2
 
 
 @pytest.mark.parametrize(
