@@ -51,7 +51,18 @@ LAYERS = (
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}
 PARTS = (*FAMILIES, "optim", "optimizers", "tracker")
-HEAVY = ("open_clip", "torchvision", "timm", "transformers", "wandb", "matplotlib", "hydra", "datasets", "faiss")
+HEAVY = (
+    "open_clip",
+    "torchvision",
+    "timm",
+    "transformers",
+    "wandb",
+    "matplotlib",
+    "hydra",
+    "datasets",
+    "faiss",
+    "sklearn",
+)
 
 
 def name_of(path: Path) -> str:

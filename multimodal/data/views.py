@@ -39,10 +39,12 @@ class Mapped(Sequence[T]):
 
 
 class Inputs(Sequence[Any]):
-    """One input of every sample, "image" or "text" (all captions), or of the first `limit`; BadSample if broken."""
+    """One input of every sample, "image" or "text" (all captions), or of some; BadSample if broken."""
 
-    def __init__(self, source: Source, reads: str, limit: int | None = None) -> None:
-        self.source, self.reads, self.places = source, reads, range(len(source))[:limit]
+    def __init__(self, source: Source, reads: str, some: int | Sequence[int] | None = None) -> None:
+        """`some` are the first so many samples, or those at these places, in rising order."""
+        self.source, self.reads = source, reads
+        self.places = range(len(source))[:some] if some is None or isinstance(some, int) else some
 
     def __len__(self) -> int:
         return len(self.places)

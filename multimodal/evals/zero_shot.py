@@ -1,6 +1,5 @@
 """Zero-shot classification, as in CLIP: class names set into templates are the classifier."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
