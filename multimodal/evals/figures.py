@@ -227,3 +227,53 @@ def curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4, color="#DDDDDD")
     return figure
+
+
+def lines(
+    series: Mapping[str, Sequence[float]],
+    places: Sequence[float],  # of each value, from left to right
+    title: str,
+    labels: tuple[str, str],  # of the two axes
+) -> "Figure":
+    """A few series of values over the same places, with a legend beside them."""
+    figure = _figure(5.2, 3.0)
+    axes = figure.subplots()
+    for index, (name, values) in enumerate(series.items()):
+        style = "-" if index < len(COLOURS) else "--"
+        axes.plot(places, values, style, color=COLOURS[index % len(COLOURS)], marker="o", markersize=3, label=name)
+    axes.set_xticks(places)
+    axes.set_xlabel(labels[0], fontsize=SMALL)
+    axes.set_ylabel(labels[1], fontsize=SMALL)
+    axes.set_title(title, fontsize=NORMAL, loc="left", parse_math=False)
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, color="#DDDDDD")
+    axes.legend(fontsize=SMALL, frameon=False, handlelength=1.6, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],  # one for each name, from 0 to 1
+    title: str,
+    chance: Sequence[float],  # likewise; none where that is not known
+    limit: int = 40,
+) -> "Figure":
+    """Values by name, one below the other, each with its chance level; of more than `limit` the first and the last."""
+    kept = list(range(len(names)))
+    if len(kept) > limit:
+        kept = kept[: limit // 2] + kept[len(kept) - limit + limit // 2 :]
+        title = f"{title}; the first and last of {len(names)}"
+    rows = range(len(kept))
+    figure = _figure(5.2, 0.9 + 0.2 * max(3, len(kept)))
+    axes = figure.subplots()
+    axes.barh(rows, [values[place] for place in kept], color=BLUE, height=0.7)
+    if chance:
+        axes.plot([chance[place] for place in kept], rows, "|", color=ORANGE, markersize=8, markeredgewidth=2)
+    axes.set_yticks(rows, [_wrap(names[place], 40, 1) for place in kept], parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_title(title if not chance else f"{title} (orange: chance)", fontsize=NORMAL, loc="left", parse_math=False)
+    axes.tick_params(length=0, labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

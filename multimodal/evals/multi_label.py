@@ -1,0 +1,131 @@
+"""Zero-shot classification of images with any number of classes, by mean average precision."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from multimodal.data.files import ClassNames, Templates
+from multimodal.data.views import Inputs
+from multimodal.evals import figures
+from multimodal.evals.classes import class_names_of, drawn_places, templates_of
+from multimodal.evals.intervals import bootstrap
+from multimodal.evals.zero_shot import class_embeddings, prompt_features
+from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def average_precision(
+    scores: Tensor,  # [n] of one class
+    positive: Tensor,  # bool [n]
+    counts: Tensor | None = None,  # float64 [R, n] how often each sample is taken; each once unless given
+) -> Tensor:  # float64 [R], or [] without counts; NaN where no positive was taken
+    """The mean, over positives, of the precision among all that score at least as high.
+
+    Equals scikit-learn's `average_precision_score` with `counts` as weights. Equal scores share a threshold, so that a
+    model that gives all images the same score has the prevalence, whatever their order. Where a score is NaN, the
+    sample has the worst place.
+    """
+    worst = torch.where(positive, -torch.inf, torch.inf).to(scores.dtype)
+    ordered, order = torch.where(scores.isnan(), worst, scores).sort(descending=True)
+    taken = torch.ones(1, len(scores), dtype=torch.float64) if counts is None else counts[:, order]
+    hits = taken * positive[order]
+    last = torch.searchsorted(-ordered, -ordered, right=True) - 1  # of those with the same score
+    precision = hits.cumsum(dim=1)[:, last] / taken.cumsum(dim=1)[:, last]
+    # before the first sample that was taken there is 0 / 0, where there is no hit either
+    found = torch.where(hits > 0, hits * precision, 0).sum(dim=1) / hits.sum(dim=1)
+    return found[0] if counts is None else found
+
+
+def average_precisions(
+    scores: Tensor,  # [n, K]
+    positive: Tensor,  # bool [n, K]
+    counts: Tensor | None = None,  # float64 [R, n]
+) -> Tensor:  # float64 [K], or [R, K]
+    """The average precision of each class; NaN for those without a positive."""
+    columns = zip(scores.T, positive.T, strict=True)
+    return torch.stack([average_precision(score, right, counts) for score, right in columns], dim=-1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def _positive(source: Source, places: Sequence[int], num_classes: int) -> Tensor:
+    """Which samples are of which classes, bool [n, K]; ValueError unless that is known of all, and one is of some."""
+    positive = torch.zeros(len(places), num_classes, dtype=torch.bool)
+    for row, place in enumerate(places):
+        labels = source.labels_of(place)
+        if labels is None:
+            raise ValueError(
+                f"sample {place} of the dataset has no labels: this evaluation needs classes of all samples"
+            )
+        if labels and not 0 <= min(labels) <= max(labels) < num_classes:
+            raise ValueError(
+                f"sample {place} has labels from {min(labels)} to {max(labels)} but there are {num_classes} class "
+                "names: set class_names, one for each label from 0"
+            )
+        positive[row, list(labels)] = True
+    if not positive.any():
+        raise ValueError(f"none of the {len(places)} samples is of any class: there is nothing to find")
+    return positive
+
+
+class MultiLabel(Eval):
+    """Rank all images for each class, by its name set into templates; no image of these classes need have been seen.
+
+    Metrics: `map`, the average precision, averaged over the classes that have an image. Its chance level is the share
+    of images that are of a class, averaged likewise. The interval is over images.
+    """
+
+    dataset: Dataset
+    """Images with any number of labels, or one each."""
+    templates: Templates | None
+    """Prompts with one {} for the class name, averaged; null for those that the dataset brings."""
+    class_names: ClassNames | None
+    """By label, instead of the dataset's own; null for those."""
+    max_samples: int | None = Field(gt=0)
+    """So many images, drawn at random; null for all."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("map",)
+
+    def build(self, data: Sources) -> Callable[[Encoder], Report]:
+        source = data.open(self.dataset)
+        class_names = class_names_of(source, self.class_names)
+        templates = templates_of(source, self.templates)
+        places = drawn_places(len(source), self.max_samples)
+        positive = _positive(source, places, len(class_names))
+        return partial(self._run, Inputs(source, "image", places), positive, class_names, templates)
+
+    def _run(
+        self, images: Inputs, positive: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
+    ) -> Report:
+        classifier = class_embeddings(prompt_features(encoder, class_names, templates))
+        scores = encoder.encode("image", images) @ classifier.T
+        by_class = average_precisions(scores, positive)
+        ends = bootstrap(lambda drawn: average_precisions(scores, positive, drawn).nanmean(dim=1), len(scores))
+        prevalence = positive.double().mean(dim=0)
+        estimate = Estimate(
+            by_class.nanmean().item(),
+            low=ends[0].item(),
+            high=ends[1].item(),
+            chance=prevalence[prevalence > 0].mean().item(),
+            count=len(scores),
+        )
+        return Report({"map": estimate}, {"average_precision": partial(_by_class, by_class, prevalence, class_names)})
+
+
+def _by_class(by_class: Tensor, prevalence: Tensor, class_names: Sequence[str]) -> "Figure":
+    shown = (prevalence > 0).nonzero().flatten()
+    shown = shown[by_class[shown].argsort(descending=True, stable=True)]
+    names = [class_names[place] for place in shown]
+    title = f"mean average precision {by_class.nanmean():.3f}"
+    return figures.bars(names, by_class[shown].tolist(), title, prevalence[shown].tolist())
