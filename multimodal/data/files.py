@@ -3,7 +3,7 @@
 import io
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import AfterValidator, Field, Strict
+from tqdm import tqdm
 
 from multimodal.batch import Sample
 from multimodal.parts import BadSample, Source
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Endings of image files, in any case; in a shard the first of them that a key has is its image."""
+
+NUM_SHOWN = 5  # missing images that an error names
 
 
 def locate(root: Path, *names: str) -> list[Path]:
@@ -28,6 +31,15 @@ def locate(root: Path, *names: str) -> list[Path]:
             f"{len(missing)} of {len(names)} files are missing below '{root}': {', '.join(missing)}"
         )
     return paths
+
+
+def check_images(path: Path, folder: Path, named: Mapping[str, str]) -> None:
+    """One error for all image files that are not there; `named` says where the table at `path` names each first."""
+    bar = tqdm(named.items(), desc="Looking for images", unit="image", delay=2, disable=None)
+    missing = [f"{where}: '{image}'" for image, where in bar if not os.path.isfile(folder / image)]
+    if missing:
+        shown = ", ".join(missing[:NUM_SHOWN]) + (", ..." if len(missing) > NUM_SHOWN else "")
+        raise ValueError(f"{path}: {len(missing)} of {len(named)} images are missing below '{folder}' ({shown})")
 
 
 def is_image(name: str) -> bool:

@@ -2,21 +2,18 @@
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import AfterValidator
-from tqdm import tqdm
 
 from multimodal.batch import Sample
-from multimodal.data.files import PackedStrings, locate, make_sample, read_captions
+from multimodal.data.files import PackedStrings, check_images, locate, make_sample, read_captions
 from multimodal.parts import Dataset, Source, did_you_mean
 
 CSV, JSON_LINES = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson")
-NUM_SHOWN = 5  # lines of a manifest that an error names
 
 
 def _known_ending(path: str) -> str:
@@ -55,7 +52,7 @@ class Manifest(Dataset):
                 raise ValueError(f"{path}, line {line}: {error}") from None
         if not samples:
             raise ValueError(f"{path}: no rows")
-        _check_images(path, folder, {image: line for image, (line, _) in samples.items()})
+        check_images(path, folder, {image: f"line {line}" for image, (line, _) in samples.items()})
         return ManifestSource(path.name, folder, {image: captions for image, (_, captions) in samples.items()})
 
 
@@ -130,12 +127,3 @@ def _cell(row: Mapping[str, Any], column: str, path: Path, line: int) -> Any:
             f"{path}, line {line}: no column '{column}', only {', '.join(row)}.{did_you_mean(column, row)}"
         )
     return row[column]
-
-
-def _check_images(path: Path, folder: Path, lines: Mapping[str, int]) -> None:
-    """One error for all image files that are not there; `lines` is where the table names each first."""
-    bar = tqdm(lines.items(), desc="Looking for images", unit="image", delay=2, disable=None)
-    missing = [f"line {line}: '{image}'" for image, line in bar if not os.path.isfile(folder / image)]
-    if missing:
-        shown = ", ".join(missing[:NUM_SHOWN]) + (", ..." if len(missing) > NUM_SHOWN else "")
-        raise ValueError(f"{path}: {len(missing)} of {len(lines)} images are missing below '{folder}' ({shown})")
