@@ -278,7 +278,7 @@ def test_files_of_sugarcrepe_that_are_not_there_are_named(tmp_path):
         SugarCrepe(path="junk.tar", images="val2017").build(tmp_path)
     with pytest.raises(FileNotFoundError, match="no add_att"):
         SugarCrepe(path="nowhere", images="val2017").build(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder 'val2014' below .*COCO's val2017 images"):
+    with pytest.raises(FileNotFoundError, match=r"no folder 'val2014' below .*COCO's val2017 images"):
         SugarCrepe(path="sugarcrepe", images="val2014").build(tmp_path)
 
 

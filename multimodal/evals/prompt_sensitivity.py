@@ -1,0 +1,91 @@
+"""How much zero-shot accuracy depends on the words around the class name."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from multimodal.data.files import ClassNames, Templates
+from multimodal.data.views import Inputs
+from multimodal.evals import figures
+from multimodal.evals.classes import class_names_of, drawn_places, labels_of, templates_of
+from multimodal.evals.intervals import bootstrap, means
+from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
+from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def spread(
+    accuracies: Tensor,  # [..., T] of each template
+) -> Tensor:  # [..., 4]
+    """Mean, standard deviation, best and worst over templates."""
+    values = accuracies.mean(-1), accuracies.std(-1), accuracies.amax(-1), accuracies.amin(-1)
+    return torch.stack(values, dim=-1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+class PromptSensitivity(Eval):
+    """Zero-shot top-1 with one template at a time, and with all of them averaged.
+
+    Metrics: `mean`, `std`, `best` and `worst` over single templates, and `ensemble`. Intervals are over images. The
+    best template was chosen on the images that it is judged by, so it flatters.
+    """
+
+    dataset: Dataset
+    """Images with labels."""
+    templates: Templates | None
+    """At least two prompts with one {} for the class name; null for those that the dataset brings."""
+    class_names: ClassNames | None
+    """By label, instead of the dataset's own; null for those."""
+    max_samples: int | None = Field(gt=0)
+    """So many images, drawn at random; null for all."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return "mean", "std", "best", "worst", "ensemble"
+
+    def build(self, data: Sources) -> Callable[[Encoder], Report]:
+        source = data.open(self.dataset)
+        class_names = class_names_of(source, self.class_names)
+        templates = templates_of(source, self.templates)
+        if len(templates) < 2:
+            raise ValueError(f"there is only the template '{templates[0]}': set templates, at least two")
+        places = drawn_places(len(source), self.max_samples)
+        labels = labels_of(source, places, len(class_names))
+        return partial(self._run, Inputs(source, "image", places), labels, class_names, templates)
+
+    def _run(
+        self, images: Inputs, labels: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
+    ) -> Report:
+        text_features = prompt_features(encoder, class_names, templates)  # [K, T, D]
+        features, chance = encoder.encode("image", images), 1 / len(class_names)
+
+        def hits(classifier: Tensor) -> Tensor:
+            return (label_ranks(features @ classifier.T, labels) == 1).double()
+
+        single = torch.stack([hits(one) for one in text_features.unbind(dim=1)], dim=1)  # [n, T]
+        accuracies = single.mean(dim=0)
+        low, high = bootstrap(lambda drawn: spread(drawn @ single / len(single)), len(single))
+        rows = zip(self.metrics, spread(accuracies).tolist(), low.tolist(), high.tolist(), strict=False)
+        metrics: dict[str, float | Estimate] = {
+            name: Estimate(value, lower, upper, None if name == "std" else chance, len(single))
+            for name, value, lower, upper in rows
+        }
+        metrics.update(means({"ensemble": hits(class_embeddings(text_features))}, {"ensemble": chance}))
+        return Report(metrics, {"templates": partial(_by_template, accuracies, templates, chance)})
+
+
+def _by_template(accuracies: Tensor, templates: Sequence[str], chance: float) -> "Figure":
+    order = accuracies.argsort(descending=True, stable=True).tolist()
+    values = [accuracies[place].item() for place in order]
+    title = f"top-1 by template, {min(values):.3f} to {max(values):.3f}"
+    return figures.bars([templates[place] for place in order], values, title, [chance] * len(order))
