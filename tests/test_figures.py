@@ -134,3 +134,29 @@ def test_drawing_leaves_no_trace_in_the_drawing_library():
     before = dict(matplotlib.rcParams)
     draw(figures.curves(ROWS))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_lines_have_a_place_and_a_name_each():
+    figure = figures.lines({"noise": [0.9, 0.5], "$_{": [0.9, 0.4]}, [0, 5], "title $5 or $6", ("severity", "top-1"))
+    axes = figure.axes[0]
+    assert [line.get_label() for line in axes.lines] == ["noise", "$_{"]
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.9, 0.5], [0.9, 0.4]]
+    assert labels(axes.get_xticklabels()) == ["0", "5"]
+    draw(figure)
+
+
+def test_bars_are_in_the_order_that_is_given_and_chance_is_beside_them():
+    figure = figures.bars(HOSTILE, [0.1 * i for i in range(6)], "title", [0.5] * 6)
+    axes = figure.axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.1 * i for i in range(6)])
+    assert labels(axes.get_yticklabels())[0] == HOSTILE[0]
+    assert axes.get_title(loc="left") == "title (orange: chance)"
+    draw(figure)
+
+
+def test_of_many_bars_the_first_and_the_last_are_shown():
+    figure = figures.bars([str(i) for i in range(100)], [0.5] * 100, "title", [], limit=5)
+    axes = figure.axes[0]
+    assert labels(axes.get_yticklabels()) == ["0", "1", "97", "98", "99"]
+    assert axes.get_title(loc="left") == "title; the first and last of 100"
+    draw(figure)
