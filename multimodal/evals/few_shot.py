@@ -60,7 +60,7 @@ class FewShot(Probe):
             )
 
     def probe(self, examples: Examples) -> Report:
-        hits = distributed.on_first_rank(partial(self._hits, examples))  # all cores are its own
+        hits = distributed.on_first_rank(partial(self._hits, examples))
         metrics: dict[str, float | Estimate] = {}
         for shots, found in hits.items():  # [draws, n]
             metrics.update(means({f"top1_{shots}": found.mean(dim=0)}, {f"top1_{shots}": examples.chance}))
