@@ -29,7 +29,7 @@ else:
     NamedTemplates = Annotated[Templates, WrapValidator(_or_named), _as_it_is]
 
 
-def class_names(named: "NamedClasses | None", root: Path, own: Sequence[str]) -> tuple[str, ...]:
+def named_classes(named: "NamedClasses | None", root: Path, own: Sequence[str]) -> tuple[str, ...]:
     """The names by label: a list, the lines of a .txt file below `root`, ImageNet's, or the data set's `own`."""
     if named is None:
         return tuple(own)
@@ -42,7 +42,7 @@ def class_names(named: "NamedClasses | None", root: Path, own: Sequence[str]) ->
     return read_list(root, named, "class_names", IMAGENET)
 
 
-def templates(named: "NamedTemplates | None", root: Path, own: Sequence[str]) -> tuple[str, ...]:
+def named_templates(named: "NamedTemplates | None", root: Path, own: Sequence[str]) -> tuple[str, ...]:
     """Prompts with one {}: a list, the lines of a .txt file below `root`, OpenAI's for ImageNet, or the `own` ones."""
     if named is None:
         if not own:

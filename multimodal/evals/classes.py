@@ -2,33 +2,43 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.data.prompts import IMAGENET, NamedClasses, NamedTemplates, named_classes, named_templates
 from multimodal.parts import Source
 
 
-def class_names_of(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The `given` names, or the dataset's own; ValueError unless they tell the classes apart."""
-    class_names = source.class_names if given is None else tuple(given)
+def class_names_of(source: Source, given: NamedClasses | None, root: Path) -> tuple[str, ...]:
+    """The `given` names, below `root` if they are in a file, or the dataset's own; ValueError if they are no names.
+
+    They have to tell classes apart, unless they are open_clip's of ImageNet, which everybody uses as they are.
+    """
+    class_names = named_classes(given, root, source.class_names)
     if not class_names:
         raise ValueError("the dataset has no class names: set class_names, one for each label")
     if "" in (stripped := [name.strip() for name in class_names]):
         raise ValueError(f"the class name of label {stripped.index('')} is empty: set class_names, one for each label")
     name, count = Counter(class_names).most_common(1)[0]
-    if count > 1:
+    if count > 1 and given != IMAGENET:
         raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
     return class_names
 
 
-def templates_of(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The `given` templates, or the dataset's own; ValueError if there are none."""
-    templates = source.templates if given is None else tuple(given)
-    if not templates:
-        raise ValueError("the dataset brings no templates of its own: set templates")
-    return templates
+def templates_of(source: Source, given: NamedTemplates | None, root: Path) -> tuple[str, ...]:
+    """The `given` templates, below `root` if they are in a file, or the dataset's own; ValueError if there are none."""
+    return named_templates(given, root, source.templates)
+
+
+def require_images(labels: Tensor, names: Sequence[str]) -> None:
+    """ValueError if a class has no image."""
+    absent = (torch.bincount(labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
+    if absent:
+        told = f"{len(absent)} of {len(names)} classes have no image, such as label {absent[0]}, '{names[absent[0]]}'"
+        raise ValueError(f"{told}: leave their names out, or set allow_empty_classes=true")
 
 
 def drawn_places(count: int, limit: int | None, seed: int = 0) -> Sequence[int]:

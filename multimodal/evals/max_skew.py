@@ -12,8 +12,8 @@ from torch import Tensor
 from multimodal.data.views import Inputs
 from multimodal.evals import max_skew_figures
 from multimodal.evals.attributes import AttributePattern, read_attribute
+from multimodal.evals.classes import class_names_of, labels_of
 from multimodal.evals.intervals import means
-from multimodal.evals.zero_shot import read_labels
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 RANDOM_ORDERS = 200
@@ -105,8 +105,9 @@ class MaxSkew(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        labels = read_labels(source, source.class_names, "skew of an attribute")
-        attribute = read_attribute(source.class_names, self.pattern, "attribute")
+        class_names = class_names_of(source, None, data.root)
+        labels = labels_of(source, range(len(source)), len(class_names))
+        attribute = read_attribute(class_names, self.pattern, "attribute")
         present, attributes = torch.unique(attribute.of_class[labels], return_inverse=True)
         names = [attribute.names[value] for value in present.tolist()]
         if len(names) < 2:

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from multimodal.data.files import ClassNames, Templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
 from multimodal.evals.classes import class_names_of, drawn_places, templates_of
 from multimodal.evals.intervals import bootstrap
-from multimodal.evals.zero_shot import class_embeddings, prompt_features
+from multimodal.evals.zero_shot import zero_shot_classifier
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class MultiLabel(Eval):
 
     dataset: Dataset
     """Images with any number of labels, or one each."""
-    templates: Templates | None
+    templates: NamedTemplates | None
     """Prompts with one {} for the class name, averaged; null for those that the dataset brings."""
-    class_names: ClassNames | None
+    class_names: NamedClasses | None
     """By label, instead of the dataset's own; null for those."""
     max_samples: int | None = Field(gt=0)
     """So many images, drawn at random; null for all."""
@@ -99,8 +99,8 @@ class MultiLabel(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names)
-        templates = templates_of(source, self.templates)
+        class_names = class_names_of(source, self.class_names, data.root)
+        templates = templates_of(source, self.templates, data.root)
         places = drawn_places(len(source), self.max_samples)
         positive = _positive(source, places, len(class_names))
         return partial(self._run, Inputs(source, "image", places), positive, class_names, templates)
@@ -108,7 +108,7 @@ class MultiLabel(Eval):
     def _run(
         self, images: Inputs, positive: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
     ) -> Report:
-        classifier = class_embeddings(prompt_features(encoder, class_names, templates))
+        classifier = zero_shot_classifier(encoder, class_names, templates)
         scores = encoder.encode("image", images) @ classifier.T
         by_class = average_precisions(scores, positive)
         ends = bootstrap(lambda drawn: average_precisions(scores, positive, drawn).nanmean(dim=1), len(scores))

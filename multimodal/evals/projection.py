@@ -11,12 +11,13 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from multimodal.data.archives import read_text
-from multimodal.data.files import ClassNames, Templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import weat_figures
+from multimodal.evals.classes import class_names_of, labels_of, templates_of
 from multimodal.evals.intervals import means
 from multimodal.evals.weat import Concepts, Template, Tests, in_template, read_tests, run_tests, summary
-from multimodal.evals.zero_shot import class_embeddings, label_ranks, read_labels
+from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -78,6 +79,7 @@ class _Opened(NamedTuple):
     images: Inputs
     labels: Tensor
     class_names: Sequence[str]
+    templates: Sequence[str]
 
 
 class Projection(Eval):
@@ -105,9 +107,9 @@ class Projection(Eval):
     """Random divisions of the targets for a p-value, where there are too many (100,000) to go through all."""
     dataset: Dataset
     """Images with labels, for zero-shot classification."""
-    templates: Templates
+    templates: NamedTemplates | None
     """Prompts with one {} for the class name, averaged."""
-    class_names: ClassNames | None
+    class_names: NamedClasses | None
     """By label, instead of the dataset's own; null for those."""
 
     @property
@@ -132,15 +134,16 @@ class Projection(Eval):
         name = self.path if self.member is None else f"{self.path}:{self.member}"
         tests = read_tests(read_text(data.root, self.path, self.member), name, self.tests)
         source = data.open(self.dataset)
-        class_names = source.class_names if self.class_names is None else self.class_names
-        labels = read_labels(source, class_names)
-        return partial(self._run, _Opened(tests, Inputs(source, "image"), labels, class_names))
+        class_names = class_names_of(source, self.class_names, data.root)
+        templates = templates_of(source, self.templates, data.root)
+        labels = labels_of(source, range(len(source)), len(class_names))
+        return partial(self._run, _Opened(tests, Inputs(source, "image"), labels, class_names, templates))
 
     def _run(self, opened: _Opened, encoder: Encoder) -> Report:
         texts = partial(encoder.encode, "text")
         first, second = (texts([in_template(self.template, pair[side]) for pair in self.pairs]) for side in (0, 1))
         subspace = bias_subspace(first, second, self.components)
-        prompts = texts([t.replace("{}", name) for name in opened.class_names for t in self.templates])
+        prompts = prompt_features(encoder, opened.class_names, opened.templates).flatten(0, 1)  # [K x T, D]
         images = encoder.encode("image", opened.images)
 
         metrics: dict[str, float | Estimate] = {}
@@ -155,7 +158,7 @@ class Projection(Eval):
             metrics |= {f"{name}{after}": value for name, value in summary(found).items()}
             for test, one in found.items():
                 metrics |= {f"{test}_effect{after}": one.effect, f"{test}_p{after}": one.p}
-            classifier = class_embeddings(change(prompts).view(len(opened.class_names), len(self.templates), -1))
+            classifier = class_embeddings(change(prompts).view(len(opened.class_names), len(opened.templates), -1))
             hits[f"top1{after}"] = (label_ranks(change(images) @ classifier.T, opened.labels) == 1).double()
         hits["top1_change"] = hits["top1_projected"] - hits["top1"]
         chance = 1 / len(opened.class_names)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from multimodal.data.files import ClassNames, Templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
 from multimodal.evals.classes import class_names_of, drawn_places, labels_of, templates_of
@@ -42,9 +42,9 @@ class PromptSensitivity(Eval):
 
     dataset: Dataset
     """Images with labels."""
-    templates: Templates | None
+    templates: NamedTemplates | None
     """At least two prompts with one {} for the class name; null for those that the dataset brings."""
-    class_names: ClassNames | None
+    class_names: NamedClasses | None
     """By label, instead of the dataset's own; null for those."""
     max_samples: int | None = Field(gt=0)
     """So many images, drawn at random; null for all."""
@@ -55,8 +55,8 @@ class PromptSensitivity(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names)
-        templates = templates_of(source, self.templates)
+        class_names = class_names_of(source, self.class_names, data.root)
+        templates = templates_of(source, self.templates, data.root)
         if len(templates) < 2:
             raise ValueError(f"there is only the template '{templates[0]}': set templates, at least two")
         places = drawn_places(len(source), self.max_samples)

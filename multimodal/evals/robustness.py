@@ -8,13 +8,13 @@ import torch
 from pydantic import AfterValidator, Field, Strict
 from torch import Tensor
 
-from multimodal.data.files import ClassNames, Templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
 from multimodal.evals.classes import class_names_of, drawn_places, labels_of, templates_of
 from multimodal.evals.corruptions import Corrupted
 from multimodal.evals.intervals import bootstrap, means
-from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
+from multimodal.evals.zero_shot import label_ranks, zero_shot_classifier
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 Corruption = Literal["noise", "blur", "jpeg", "brightness", "contrast", "occlusion", "rotation"]
@@ -55,9 +55,9 @@ class Robustness(Eval):
 
     dataset: Dataset
     """Images with labels."""
-    templates: Templates | None
+    templates: NamedTemplates | None
     """Prompts with one {} for the class name, averaged; null for those that the dataset brings."""
-    class_names: ClassNames | None
+    class_names: NamedClasses | None
     """By label, instead of the dataset's own; null for those."""
     corruptions: Annotated[tuple[Corruption, ...], Strict(False), Field(min_length=1), AfterValidator(_once)]
     """What is done to images."""
@@ -76,8 +76,8 @@ class Robustness(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names)
-        templates = templates_of(source, self.templates)
+        class_names = class_names_of(source, self.class_names, data.root)
+        templates = templates_of(source, self.templates, data.root)
         places = drawn_places(len(source), self.max_samples)
         labels = labels_of(source, places, len(class_names))
         return partial(self._run, Inputs(source, "image", places), labels, class_names, templates)
@@ -85,7 +85,7 @@ class Robustness(Eval):
     def _run(
         self, images: Inputs, labels: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
     ) -> Report:
-        classifier = class_embeddings(prompt_features(encoder, class_names, templates))
+        classifier = zero_shot_classifier(encoder, class_names, templates)
 
         def hits(inputs: Sequence[object]) -> Tensor:
             return (label_ranks(encoder.encode("image", inputs) @ classifier.T, labels) == 1).double()

@@ -1,7 +1,8 @@
 """Zero-shot accuracy by group: how well the group does that does worst."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from multimodal.data.files import Templates
+from multimodal.data.prompts import NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import worst_group_figures
 from multimodal.evals.attributes import ClassAndGroupPattern, read_attribute
+from multimodal.evals.classes import class_names_of, labels_of, templates_of
 from multimodal.evals.intervals import bootstrap
-from multimodal.evals.zero_shot import class_embeddings, label_ranks, read_labels
+from multimodal.evals.zero_shot import label_ranks, zero_shot_classifier
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
 
 # --- metrics --------------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ class WorstGroup(Eval):
     """Whether groups are divided by class as well, as in Sagawa et al. 2020: waterbirds on land."""
     min_samples: int = Field(ge=1)
     """Groups with fewer images are left out: the worst of very small ones is the smallest."""
-    templates: Templates
+    templates: NamedTemplates | None
     """Prompts with one {} for the class name, averaged; none that training captions were made with, to be fair."""
 
     @property
@@ -104,7 +106,7 @@ class WorstGroup(Eval):
         if (self.groups is None) == (self.pattern is None):
             raise ValueError("groups: should say which image is in which group, or pattern, and not both")
         source = data.open(self.dataset)
-        task = self._task(source, None if self.groups is None else data.open(self.groups))
+        task = self._task(source, None if self.groups is None else data.open(self.groups), data.root)
         sizes = torch.bincount(task.groups, minlength=len(task.group_names))
         kept = (sizes >= self.min_samples).nonzero().flatten()
         if len(kept) < 2:
@@ -115,17 +117,20 @@ class WorstGroup(Eval):
         inside = torch.isin(task.groups, kept)
         names = tuple(task.group_names[group] for group in kept.tolist())
         groups = torch.searchsorted(kept, task.groups[inside])
-        return partial(self._run, Inputs(source, "image"), inside, task._replace(group_names=names, groups=groups))
+        templates = templates_of(source, self.templates, data.root)
+        task = task._replace(group_names=names, groups=groups)
+        return partial(self._run, Inputs(source, "image"), inside, task, templates)
 
-    def _task(self, source: Source, grouped: Source | None) -> _Task:
-        labels = read_labels(source, source.class_names)
+    def _task(self, source: Source, grouped: Source | None, root: Path) -> _Task:
+        names = class_names_of(source, None, root)
+        labels = labels_of(source, range(len(source)), len(names))
         if grouped is None:
-            class_names, of_class = read_attribute(source.class_names, self.pattern, "class")
-            group_names, of_group = read_attribute(source.class_names, self.pattern, "group")
+            class_names, of_class = read_attribute(names, self.pattern, "class")
+            group_names, of_group = read_attribute(names, self.pattern, "group")
             labels, groups = of_class[labels], of_group[labels]
         else:
-            class_names, group_names = tuple(source.class_names), tuple(grouped.class_names)
-            groups = read_labels(grouped, group_names, "a group for each image")
+            class_names, group_names = names, class_names_of(grouped, None, root)
+            groups = labels_of(grouped, range(len(grouped)), len(group_names), "the dataset `groups`")
             if len(groups) != len(labels):
                 raise ValueError(f"groups: {len(groups)} images, but {len(labels)} in the dataset: should be the same")
         if len(class_names) < 2:
@@ -135,10 +140,8 @@ class WorstGroup(Eval):
             return _Task(class_names, labels, divided, labels * len(group_names) + groups)
         return _Task(class_names, labels, group_names, groups)
 
-    def _run(self, images: Inputs, inside: Tensor, task: _Task, encoder: Encoder) -> Report:
-        prompts = [template.replace("{}", name) for name in task.class_names for template in self.templates]
-        text_features = encoder.encode("text", prompts)
-        classifier = class_embeddings(text_features.view(len(task.class_names), len(self.templates), -1))
+    def _run(self, images: Inputs, inside: Tensor, task: _Task, templates: Sequence[str], encoder: Encoder) -> Report:
+        classifier = zero_shot_classifier(encoder, task.class_names, templates)
         ranks = label_ranks(encoder.encode("image", images) @ classifier.T, task.labels)
         return _report((ranks == 1).double()[inside], task, 1 / len(task.class_names))
 

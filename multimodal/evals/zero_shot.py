@@ -1,5 +1,6 @@
 """Zero-shot classification, as in CLIP: class names set into templates are the classifier."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -7,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.data.prompts import IMAGENET, NamedClasses, NamedTemplates, class_names, templates
+from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import figures
+from multimodal.evals.classes import class_names_of, labels_of, require_images, templates_of
 from multimodal.evals.intervals import bootstrap, means
-from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
+from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 BINS = 15
 """Of probabilities, in the calibration error."""
@@ -136,48 +138,23 @@ def confusion_counts(
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
+def prompt_features(
+    encoder: Encoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+) -> Tensor:  # [K, T, D] unit norm
+    """The embedding of every class name in every template."""
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    return encoder.encode("text", prompts).view(len(class_names), len(templates), -1)
+
+
 def zero_shot_classifier(
     encoder: Encoder,
-    names: Sequence[str],
+    class_names: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:  # [K, D] unit norm
-    """The classifier of class names in templates, each prompt embedded once."""
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    return class_embeddings(encoder.encode("text", prompts).view(len(names), len(templates), -1))
-
-
-def require_images(labels: Tensor, names: Sequence[str]) -> None:
-    """ValueError if a class has no image."""
-    absent = (torch.bincount(labels, minlength=len(names)) == 0).nonzero().flatten().tolist()
-    if absent:
-        told = f"{len(absent)} of {len(names)} classes have no image, such as label {absent[0]}, '{names[absent[0]]}'"
-        raise ValueError(f"{told}: leave their names out, or set allow_empty_classes=true")
-
-
-def require_distinct(names: Sequence[str]) -> None:
-    """ValueError if two classes have one name."""
-    for name, count in Counter(names).most_common(1):
-        if count > 1:
-            raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
-
-
-def labels_of(source: Source, class_names: Sequence[str], purpose: str = "zero-shot classification") -> Tensor:
-    """Every sample's label; ValueError unless all have one and a name."""
-    if not class_names:
-        raise ValueError("the dataset has no class names: set class_names, one for each label")
-    if "" in (stripped := [name.strip() for name in class_names]):
-        raise ValueError(f"the class name of label {stripped.index('')} is empty: set class_names, one for each label")
-    labels = [source.label(index) for index in range(len(source))]
-    known = [label for label in labels if label is not None]
-    if not known or len(known) < len(labels):
-        missing = f"sample {labels.index(None)} of the dataset has no label" if labels else "the dataset is empty"
-        raise ValueError(f"{missing}: {purpose} needs a dataset whose samples all have one")
-    if not 0 <= min(known) <= max(known) < len(class_names):
-        raise ValueError(
-            f"labels go from {min(known)} to {max(known)} but there are {len(class_names)} class names: "
-            "set class_names, one for each label from 0"
-        )
-    return torch.tensor(known)
+    """The classifier of class names in templates."""
+    return class_embeddings(prompt_features(encoder, class_names, templates))
 
 
 class ZeroShot(Eval):
@@ -205,19 +182,17 @@ class ZeroShot(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         source = data.open(self.dataset)
-        names = class_names(self.class_names, data.root, source.class_names)
-        prompts = templates(self.templates, data.root, source.templates)
-        labels = labels_of(source, names)
-        if self.class_names != IMAGENET:
-            require_distinct(names)
+        names = class_names_of(source, self.class_names, data.root)
+        templates = templates_of(source, self.templates, data.root)
+        labels = labels_of(source, range(len(source)), len(names))
         if not self.allow_empty_classes:
             require_images(labels, names)
-        return partial(self._run, Inputs(source, "image"), labels, names, prompts)
+        return partial(self._run, Inputs(source, "image"), labels, names, templates)
 
     def _run(
-        self, images: Inputs, labels: Tensor, names: Sequence[str], prompts: Sequence[str], encoder: Encoder
+        self, images: Inputs, labels: Tensor, names: Sequence[str], templates: Sequence[str], encoder: Encoder
     ) -> Report:
-        cosines = encoder.encode("image", images) @ zero_shot_classifier(encoder, names, prompts).T
+        cosines = encoder.encode("image", images) @ zero_shot_classifier(encoder, names, templates).T
         cosines = in_order_of_names(cosines, names)
         metrics: dict[str, float | Estimate] = {
             **accuracies(cosines, labels),
