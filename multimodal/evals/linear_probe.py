@@ -58,7 +58,7 @@ def fit(
     """scikit-learn's multinomial logistic regression: L-BFGS, the inverse strength `c` of L2 on weights, not biases.
 
     Features of unit norm lie close together, far from the origin, where L-BFGS is slow. They are centred, and all
-    divided by one number, which the bias and `c` make up for: the optimum is the same, found in a third of the time.
+    divided by one number, which the bias and `c` make up for: the optimum is the same, found in fewer iterations.
     One thread does it: the matrices are small, and threads that wait for each other took twelve times as long beside
     other work.
     """
