@@ -33,11 +33,16 @@ def pearson(
 ) -> Tensor:  # float64 [R]
     """Pearson's correlation in R samples of the same pairs; not a number where one side does not vary."""
     weights = counts.double() / counts.double().sum(dim=1, keepdim=True)
-    x, y = x.double().expand_as(weights), y.double().expand_as(weights)
-    x = x - (weights * x).sum(dim=1, keepdim=True)
-    y = y - (weights * y).sum(dim=1, keepdim=True)
-    covariance, spread = (weights * x * y).sum(dim=1), (weights * x**2).sum(dim=1) * (weights * y**2).sum(dim=1)
-    return torch.where(spread > 1e-30, covariance / spread.sqrt(), torch.nan).clamp(-1, 1)
+    (x, in_x), (y, in_y) = (_centred(values.double().expand_as(weights), weights) for values in (x, y))
+    covariance = (weights * x * y).sum(dim=1)
+    return torch.where((in_x > 0) & (in_y > 0), covariance / (in_x * in_y).sqrt(), torch.nan).clamp(-1, 1)
+
+
+def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Without their mean, and the variance: 0 where it is not above what rounding leaves of equal values."""
+    centred = values - (weights * values).sum(dim=1, keepdim=True)
+    variance, size = (weights * centred**2).sum(dim=1), (weights * values**2).sum(dim=1)
+    return centred, torch.where(variance > 1e-24 * size, variance, 0.0)
 
 
 def spearman(
