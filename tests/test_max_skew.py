@@ -207,7 +207,7 @@ def test_a_pattern_is_an_expression_with_the_attribute_in_it(pattern, message):
         ({"pattern": "a (?P<attribute>x?).*"}, "finds no attribute in the class name 'a woman'"),
         ({"labels": (0,) * 40}, "all images have the attribute 'a woman'"),
         ({"k": 101}, "k: there are 100 images, so not the first 101"),
-        ({"labels": (0, None)}, "sample 1 of the dataset has no label: skew of an attribute needs"),
+        ({"labels": (0, None)}, "sample 1 of the dataset has no label: this evaluation needs"),
         ({"names": ()}, "no class names"),
     ],
 )

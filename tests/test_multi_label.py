@@ -171,7 +171,7 @@ def test_given_templates_and_names_stand_for_those_of_the_dataset():
     [
         ({"names": ()}, "no class names: set class_names"),
         ({"class_names": ["one"]}, "sample 0 has labels from 0 to 1 but there are 1 class names: set class_names"),
-        ({"templates": None, "data": SceneData(templates=())}, "brings no templates of its own: set templates"),
+        ({"templates": None, "data": SceneData(templates=())}, "brings no templates: set templates"),
         ({"labels": ((0,), None)}, "sample 1 of the dataset has no labels"),
         ({"labels": ((), ())}, "none of the 2 samples is of any class"),
         ({"labels": ()}, "none of the 0 samples"),

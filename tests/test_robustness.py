@@ -202,7 +202,7 @@ def test_unknown_corruptions_and_severities_are_refused(knobs, message):
 def test_what_cannot_be_classified_is_refused_before_the_run(part):
     with pytest.raises(ValueError, match="no class names: set class_names"):
         built(part(dataset=Shapes(size=10)))
-    with pytest.raises(ValueError, match="no templates of its own: set templates"):
+    with pytest.raises(ValueError, match="no templates: set templates"):
         built(part(templates=None))
     with pytest.raises(ValueError, match="there are 2 class names: set class_names"):
         built(part(class_names=["one", "two"]))

@@ -198,7 +198,7 @@ def test_building_reads_no_image_and_its_result_travels_to_other_processes():
         ({"pattern": None}, "groups: should say which image is in which group, or pattern, and not both"),
         ({"groups": BirdData()}, "or pattern, and not both"),
         ({"pattern": None, "groups": BirdData(labels=(0, 1))}, "groups: 2 images, but 100 in the dataset"),
-        ({"pattern": None, "groups": BirdData(labels=(0, None))}, "sample 1 .* has no label: a group for each image"),
+        ({"pattern": None, "groups": BirdData(labels=(0, None))}, "sample 1 .* has no label: this evaluation needs"),
         ({"pattern": "(?P<class>.*) in (?P<group>.*)"}, "finds no class in the class name 'waterbird on water'"),
         ({"names": ("a on b", "a on c"), "labels": (0, 1)}, "there is one class only, 'a'"),
         ({"min_samples": 31}, "min_samples: 1 of 4 groups have 31 images or more; two are needed"),
