@@ -11,7 +11,7 @@ from multimodal.parts import Estimate
 
 RESAMPLES = 1000
 LEVEL = 0.95
-AT_A_TIME = 2**22
+AT_A_TIME = 2**19
 """So many counts in memory."""
 
 
