@@ -39,7 +39,7 @@ PLACES = {
 GIVEN = "given.csv"
 NEEDED = {"sigmoid": ["model.logit_bias=-10.0"]}
 """What a choice asks of the rest of the configuration."""
-NO_PARTS = {"experiment", "sweep", "tuning", "architecture", "to", "hardware"}
+NO_PARTS = {"experiment", "sweep", "suite", "tuning", "architecture", "to", "hardware"}
 CHOICES = [(group, choice) for group in PLACES for choice in FILES.get(group, [])]
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
 
@@ -117,6 +117,12 @@ def test_an_experiment_composes_and_passes(compose: Compose, experiment: str) ->
 @pytest.mark.parametrize("sweep", FILES.get("sweep", []))
 def test_a_sweep_composes_and_passes(compose: Compose, sweep: str) -> None:
     check(compose(f"+sweep={sweep}"), TrainConfig)
+
+
+@pytest.mark.parametrize("suite", FILES.get("suite", []))
+def test_a_suite_composes_and_passes(compose: Compose, suite: str) -> None:
+    evals = check(compose(f"+suite={suite}", "checkpoint.best=null"), TrainConfig).evals
+    assert len(evals) > 1
 
 
 def captions() -> list[str]:
