@@ -1,5 +1,6 @@
 """Ranks of what was searched for: which items are right, where they come, and where chance would put them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,23 +48,29 @@ class Matches:
         return Matches(self.texts, self.images, self.pairs.flip(1))
 
     @cached_property
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """The caption numbers by image number, and where those of each begin."""
-        order = self.pairs[:, 0].argsort(stable=True)
+    def _by_number(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The numbers of right captions by image number, and the places of captions by their number."""
         count = int(self.images.max()) + 1 if len(self.images) else 0
-        sizes = torch.bincount(self.pairs[:, 0], minlength=count)
-        return self.pairs[order, 1], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        order, sizes = self.pairs[:, 0].argsort(stable=True), torch.bincount(self.pairs[:, 0], minlength=count)
+        places, copies = self.texts.argsort(stable=True), torch.bincount(self.texts)
+        by_image = torch.split(self.pairs[order, 1], sizes.tolist())
+        return list(by_image), list(torch.split(places, copies.tolist()))
+
+    def of_image(self, image: int) -> Tensor:  # int64 [g]
+        """The places of the captions that are right for an image."""
+        numbers, places = self._by_number
+        found = [places[number] for number in numbers[int(self.images[image])].tolist()]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
     def right(
         self,
         rows: Tensor,  # int64 [r] places of images
     ) -> Tensor:  # bool [r, m]
         """Which captions are right for some images."""
-        numbers, starts = self._bounds
-        mask = torch.zeros(len(rows), int(self.texts.max()) + 1, dtype=torch.bool)
-        for row, number in enumerate(self.images[rows].tolist()):
-            mask[row, numbers[starts[number] : starts[number + 1]]] = True
-        return mask[:, self.texts]
+        mask = torch.zeros(len(rows), len(self.texts), dtype=torch.bool)
+        for row, image in zip(mask, rows.tolist(), strict=True):
+            row[self.of_image(image)] = True
+        return mask
 
     @property
     def counts(self) -> Tensor:  # int64 [n]
@@ -85,7 +92,7 @@ def best_ranks(
     So ties count against the model, and NaN too: one that gives all items the same score, or none, comes last. Other
     right items do not stand in the way. A query without a right item comes after all.
     """
-    return _ranks_and_gains(scores.clone(), right)[0]
+    return _ranks_and_gains(scores.clone(), _places(right))[0]
 
 
 def ndcg(
@@ -97,26 +104,34 @@ def ndcg(
     Where nothing ties it is that of trec_eval, and so of MTEB; there ties are broken by the items' names, here
     against the model. 0 for a query without a right item. Järvelin and Kekäläinen 2002.
     """
-    return _ranks_and_gains(scores.clone(), right)[1]
+    return _ranks_and_gains(scores.clone(), _places(right))[1]
 
 
-def _ranks_and_gains(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at once; in the scores, which are written over, hardly anything else is as large."""
-    k, found = min(CUT, scores.shape[1]), right.sum(dim=1)
-    hits = torch.full((len(scores), k), -torch.inf, dtype=scores.dtype)  # of the best k right ones, in order
-    for row, mask in enumerate(right):
-        best = scores[row, mask].nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True).values[:k]
-        hits[row, : len(best)] = best
-    num_wrong = scores.shape[1] - found[:, None]
-    wrong = scores.nan_to_num_(torch.inf, torch.inf, -torch.inf).masked_fill_(right, -torch.inf)  # which come last
-    above = (wrong >= hits[:, :1]).sum(dim=1)
-    number = torch.arange(1, k + 1)
-    first = wrong.topk(k).values
-    before = ((first[:, None, :] >= hits[:, :, None]) & (number <= num_wrong)[:, None, :]).sum(dim=2)
-    places = number + before  # [n, k], of the first right one, the second, ...
-    gained = torch.where((places <= k) & (number <= found[:, None]), 1 / torch.log2(1 + places.double()), 0.0)
-    ideal = (1 / torch.log2(1 + number.double())).cumsum(0)[found.clamp(1, k) - 1]
-    return 1 + above.minimum(num_wrong.squeeze(1)), gained.sum(dim=1) / ideal
+def _ranks_and_gains(scores: Tensor, right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Both at once, from the places [g] of each query's right items; scores are written over.
+
+    Row by row: temporaries of a tile's size, with small results kept between them, make the heap grow without end.
+    """
+    k, found = min(CUT, scores.shape[1]), torch.tensor([len(places) for places in right])
+    hits, wrong = torch.full((2, len(scores), k), -torch.inf, dtype=scores.dtype)  # the best right and wrong ones
+    above = torch.empty(len(scores), dtype=torch.int64)
+    for number, (row, places) in enumerate(zip(scores, right, strict=True)):
+        best = row[places].nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True).values[:k]
+        hits[number, : len(best)] = best
+        row.nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        row[places] = -torch.inf  # which come last
+        above[number] = (row >= hits[number, 0]).sum()
+        wrong[number] = row.topk(k).values
+    num_wrong, order = scores.shape[1] - found, torch.arange(1, k + 1)
+    before = ((wrong[:, None, :] >= hits[:, :, None]) & (order <= num_wrong[:, None])[:, None, :]).sum(dim=2)
+    places = order + before  # [n, k], of the first right one, the second, ...
+    gained = torch.where((places <= k) & (order <= found[:, None]), 1 / torch.log2(1 + places.double()), 0.0)
+    ideal = (1 / torch.log2(1 + order.double())).cumsum(0)[found.clamp(1, k) - 1]
+    return 1 + above.minimum(num_wrong), gained.sum(dim=1) / ideal
+
+
+def _places(right: Tensor) -> list[Tensor]:
+    return [row.nonzero().flatten() for row in right]
 
 
 def ranked(
