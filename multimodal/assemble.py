@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from multimodal import checkpoint, distributed
-from multimodal.config import EVAL, ConfigError, ModelSection, TrainConfig, Weights, check
+from multimodal.config import EVAL, ConfigError, ModelSection, TrainConfig, TrainedConfig, Weights, check
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
@@ -230,7 +230,7 @@ def load(folder: Path, weights: Weights = "raw", **changes: Any) -> tuple[TrainC
     """The configuration and the model, whole, of a checkpoint's folder; `changes` replace operational settings."""
     raw = checkpoint.load_config(folder)
     checkpoint.verify(folder, unread={checkpoint.OPTIMIZER})
-    config = check({**raw, "sharding": "none", **changes}, TrainConfig)
+    config = check({**raw, "sharding": "none", **changes}, TrainedConfig)
     assembled = assemble(config, None, folder)
     checkpoint.load_model(folder, assembled.model, weights)
     return config, assembled

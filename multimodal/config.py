@@ -303,6 +303,14 @@ class TrainConfig(Config):
         return Path(self.paths.runs) / self.run.name
 
 
+class TrainedConfig(TrainConfig):
+    """That of a run whose model is only used: however many ranks use it, none of them takes a part of its batch."""
+
+    rules: ClassVar[tuple[Callable[[Any], Findings], ...]] = tuple(
+        rule for rule in TrainConfig.rules if rule is not _ranks_divide_the_batch
+    )
+
+
 # --- checking -------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from multimodal import api, checkpoint
 from multimodal.assemble import Evaluation, Problems, load, open_evaluations
-from multimodal.config import ConfigError, TrainConfig, check
+from multimodal.config import ConfigError, TrainedConfig, check
 from multimodal.finished_run import FinishedRun, Settings
 from multimodal.parts import Eval, Sources
 from multimodal.remembering import Remembering
@@ -86,7 +86,7 @@ def _subjects(word: str, settings: Settings) -> Iterator[Subject]:
     for name in names:
         run = check({**settings.model_dump(include=set(Settings.model_fields)), "run": name}, FinishedRun)
         place = run.find_checkpoint()
-        config = check({**checkpoint.load_config(place), "sharding": "none"}, TrainConfig)
+        config = check({**checkpoint.load_config(place), "sharding": "none"}, TrainedConfig)
         results = folder_of(run.folder, checkpoint.load_state(place).step)
         yield Subject(name, results, config.evals, tuple(config.towers), settings, place)
 

@@ -15,7 +15,7 @@ from multimodal.api import load
 from multimodal.assemble import Problems
 from multimodal.checkpoint import load_config, weights_file
 from multimodal.cli import launch, plain, program
-from multimodal.config import TrainConfig, check
+from multimodal.config import TrainedConfig, check
 from multimodal.embeddings import Embeddings, Rows, from_dataset, from_path
 from multimodal.finished_run import FinishedRun
 from multimodal.parts import Dataset, did_you_mean
@@ -66,7 +66,7 @@ def main(composed: DictConfig) -> None:
     """Load the checkpoint and embed, continuing where an earlier call was stopped."""
     asked = check(plain(composed), EmbedConfig)
     folder = asked.find_checkpoint()
-    towers = {tower.reads: name for name, tower in reversed(check(load_config(folder), TrainConfig).towers.items())}
+    towers = {tower.reads: name for name, tower in reversed(check(load_config(folder), TrainedConfig).towers.items())}
     problems = Problems()
     with problems.at("input"):
         if asked.input not in (None, *towers):
