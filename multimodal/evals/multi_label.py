@@ -54,6 +54,19 @@ def average_precisions(
     return torch.stack([average_precision(score, right, counts) for score, right in columns], dim=-1)
 
 
+def chance_precision(
+    num_positive: Tensor,  # int64 [K], each at least 1
+    count: int,  # n
+) -> Tensor:  # float64 [K]
+    """The average precision that n samples in random order have on average.
+
+    Above the share of positives, which it tends to where these are many: where the only one comes first, it is 1.
+    """
+    harmonic = (1 / torch.arange(1, count + 1, dtype=torch.float64)).sum()
+    others = (num_positive.double() - 1) / max(1, count - 1)
+    return (harmonic + others * (count - harmonic)) / count
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -80,8 +93,8 @@ def _positive(source: Source, places: Sequence[int], num_classes: int) -> Tensor
 class MultiLabel(Eval):
     """Rank all images for each class, by its name set into templates; no image of these classes need have been seen.
 
-    Metrics: `map`, the average precision, averaged over the classes that have an image. Its chance level is the share
-    of images that are of a class, averaged likewise. The interval is over images.
+    Metrics: `map`, the average precision, averaged over the classes that have an image. Its chance level is that of
+    random orders, averaged likewise. The interval is over images.
     """
 
     dataset: Dataset
@@ -112,20 +125,21 @@ class MultiLabel(Eval):
         scores = encoder.encode("image", images) @ classifier.T
         by_class = average_precisions(scores, positive)
         ends = bootstrap(lambda drawn: average_precisions(scores, positive, drawn).nanmean(dim=1), len(scores))
-        prevalence = positive.double().mean(dim=0)
+        found = positive.sum(dim=0)
+        chance = torch.where(found > 0, chance_precision(found, len(scores)), torch.nan)
         estimate = Estimate(
             by_class.nanmean().item(),
             low=ends[0].item(),
             high=ends[1].item(),
-            chance=prevalence[prevalence > 0].mean().item(),
+            chance=chance.nanmean().item(),
             count=len(scores),
         )
-        return Report({"map": estimate}, {"average_precision": partial(_by_class, by_class, prevalence, class_names)})
+        return Report({"map": estimate}, {"average_precision": partial(_by_class, by_class, chance, class_names)})
 
 
-def _by_class(by_class: Tensor, prevalence: Tensor, class_names: Sequence[str]) -> "Figure":
-    shown = (prevalence > 0).nonzero().flatten()
+def _by_class(by_class: Tensor, chance: Tensor, class_names: Sequence[str]) -> "Figure":
+    shown = (~chance.isnan()).nonzero().flatten()
     shown = shown[by_class[shown].argsort(descending=True, stable=True)]
     names = [class_names[place] for place in shown]
     title = f"mean average precision {by_class.nanmean():.3f}"
-    return figures.bars(names, by_class[shown].tolist(), title, prevalence[shown].tolist())
+    return figures.bars(names, by_class[shown].tolist(), title, chance[shown].tolist())

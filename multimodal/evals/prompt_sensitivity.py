@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,6 +20,9 @@ from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PERMUTATIONS = 200
+"""Of labels, that chance is the mean of."""
+
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
@@ -30,6 +34,27 @@ def spread(
     return torch.stack(values, dim=-1)
 
 
+def chance_spread(
+    logits: Sequence[Tensor],  # [n, K] of each template
+    labels: Tensor,  # int64 [n]
+) -> Tensor:  # float64 [4], as of `spread`
+    """What is left of the spread where labels have nothing to do with images: its mean over random permutations.
+
+    Templates differ then, too, and the best of them is above guessing: the less they agree, the further.
+    """
+    predicted = torch.stack([_alone_first(one) for one in logits], dim=1)  # [n, T]
+    rng = np.random.default_rng(0)
+    orders = (torch.from_numpy(rng.permutation(len(labels))) for _ in range(PERMUTATIONS))
+    accuracies = [(predicted == labels[order, None]).double().mean(dim=0) for order in orders]
+    return spread(torch.stack(accuracies)).mean(dim=0)
+
+
+def _alone_first(logits: Tensor) -> Tensor:
+    """int64 [n] the class with the highest logit; -1 where several have it, which counts as wrong whatever is right."""
+    first = logits.argmax(dim=1)
+    return torch.where(label_ranks(logits, first) == 1, first, -1)
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +62,8 @@ class PromptSensitivity(Eval):
     """Zero-shot top-1 with one template at a time, and with all of them averaged.
 
     Metrics: `mean`, `std`, `best` and `worst` over single templates, and `ensemble`. Intervals are over images. The
-    best template was chosen on the images that it is judged by, so it flatters.
+    best template was chosen on the images that it is judged by, so it flatters, and chance does, too: its best and
+    worst are those where labels are permuted.
     """
 
     dataset: Dataset
@@ -69,18 +95,20 @@ class PromptSensitivity(Eval):
         text_features = prompt_features(encoder, class_names, templates)  # [K, T, D]
         features, chance = encoder.encode("image", images), 1 / len(class_names)
 
-        def hits(classifier: Tensor) -> Tensor:
-            return (label_ranks(features @ classifier.T, labels) == 1).double()
+        def hits(logits: Tensor) -> Tensor:
+            return (label_ranks(logits, labels) == 1).double()
 
-        single = torch.stack([hits(one) for one in text_features.unbind(dim=1)], dim=1)  # [n, T]
+        logits = [features @ one.T for one in text_features.unbind(dim=1)]
+        single = torch.stack([hits(one) for one in logits], dim=1)  # [n, T]
         accuracies = single.mean(dim=0)
         low, high = bootstrap(lambda drawn: spread(drawn @ single / len(single)), len(single))
-        rows = zip(self.metrics, spread(accuracies).tolist(), low.tolist(), high.tolist(), strict=False)
+        _, _, best, worst = chance_spread(logits, labels).tolist()
+        guessed = chance, None, best, worst
+        rows = zip(self.metrics[:4], spread(accuracies).tolist(), low.tolist(), high.tolist(), guessed, strict=True)
         metrics: dict[str, float | Estimate] = {
-            name: Estimate(value, lower, upper, None if name == "std" else chance, len(single))
-            for name, value, lower, upper in rows
+            name: Estimate(value, lower, upper, by_chance, len(single)) for name, value, lower, upper, by_chance in rows
         }
-        metrics.update(means({"ensemble": hits(class_embeddings(text_features))}, {"ensemble": chance}))
+        metrics.update(means({"ensemble": hits(features @ class_embeddings(text_features).T)}, {"ensemble": chance}))
         return Report(metrics, {"templates": partial(_by_template, accuracies, templates, chance)})
 
 
