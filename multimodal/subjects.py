@@ -1,7 +1,7 @@
 """What is evaluated: runs at a checkpoint, and open_clip's models, which have no run."""
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,52 +48,56 @@ def _open_clip(name: str) -> tuple[str, str | None]:
     return architecture, weights or None
 
 
-def find(words: tuple[str, ...], settings: Settings) -> list[Subject]:
+def find(words: tuple[str, ...], settings: Settings, problems: Problems) -> list[Subject]:
     """The models that are named, by run, by a pattern of runs, or as open_clip:ARCHITECTURE/WEIGHTS.
 
-    ConfigError with all names that there are none of.
+    Those that there are none of are noted among the `problems`.
     """
-    found, problems = {}, []
+    found = {}
     for word in words:
-        try:
-            for subject in _subjects(word, settings):
-                found[subject.name] = subject
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+        if word.startswith(OPEN_CLIP):
+            with problems.at("weights"):
+                if settings.weights != "raw":
+                    raise ValueError(f"{word} has no running mean of its weights: raw")
+            with problems.at("run"):
+                found[word] = _of_open_clip(word, settings)
+        else:
+            for name in _names(word, Path(settings.paths.runs), problems):
+                try:
+                    found[name] = _of_run(name, settings)
+                except ConfigError as error:
+                    problems += error.problems
     return list(found.values())
 
 
-def _subjects(word: str, settings: Settings) -> Iterator[Subject]:
-    runs = Path(settings.paths.runs)
-    if word.startswith(OPEN_CLIP):
-        if settings.weights != "raw":
-            raise ConfigError([("weights", f"{word} has no running mean of its weights: raw")])
-        try:
-            api.describe_open_clip(*_open_clip(word))
-        except ValueError as error:
-            raise ConfigError([("run", str(error))]) from None
-        folder = runs / word.replace(":", "-").replace("/", "-")
-        yield Subject(word, folder_of(folder, 0), {}, ("image", "text"), settings, None)
-        return
-    names = [word]
-    if any(letter in word for letter in "*?["):
-        names = sorted(path.name for path in runs.glob("*") if checkpoint.steps(path))
-        names = fnmatch.filter(names, word)
-        if not names:
-            raise ConfigError([("run", f"no run in {runs} is named like '{word}'")])
-    for name in names:
-        run = check({**settings.model_dump(include=set(Settings.model_fields)), "run": name}, FinishedRun)
-        place = run.find_checkpoint()
-        config = check({**checkpoint.load_config(place), "sharding": "none"}, TrainedConfig)
-        results = folder_of(run.folder, checkpoint.load_state(place).step)
-        yield Subject(name, results, config.evals, tuple(config.towers), settings, place)
+def _of_open_clip(word: str, settings: Settings) -> Subject:
+    api.describe_open_clip(*_open_clip(word))
+    folder = Path(settings.paths.runs) / word.replace(":", "-").replace("/", "-")
+    return Subject(word, folder_of(folder, 0), {}, ("image", "text"), settings, None)
 
 
-def open_all(subjects: Sequence[Subject], evals: Mapping[str, Eval]) -> dict[str, dict[str, Evaluation]]:
-    """The `evals`, or else each model's own, by its name; ConfigError with all that is wrong with their data."""
-    problems = Problems()
+def _names(word: str, runs: Path, problems: Problems) -> list[str]:
+    """The word, or the runs that it is a pattern of."""
+    if not any(letter in word for letter in "*?["):
+        return [word]
+    names = fnmatch.filter(sorted(path.name for path in runs.glob("*") if checkpoint.steps(path)), word)
+    if not names:
+        problems.append(("run", f"no run in {runs} is named like '{word}'"))
+    return names
+
+
+def _of_run(name: str, settings: Settings) -> Subject:
+    run = check({**settings.model_dump(include=set(Settings.model_fields)), "run": name}, FinishedRun)
+    place = run.find_checkpoint()
+    config = check({**checkpoint.load_config(place), "sharding": "none"}, TrainedConfig)
+    results = folder_of(run.folder, checkpoint.load_state(place).step)
+    return Subject(name, results, config.evals, tuple(config.towers), settings, place)
+
+
+def open_all(
+    subjects: Sequence[Subject], evals: Mapping[str, Eval], data: Sources, problems: Problems
+) -> dict[str, dict[str, Evaluation]]:
+    """The `evals`, or else each model's own, by its name; what is wrong with their data is among the `problems`."""
     for subject in subjects:
         for name, part in (evals or subject.evals).items():
             if missing := sorted(set(part.towers).difference(subject.towers)):
@@ -102,11 +106,7 @@ def open_all(subjects: Sequence[Subject], evals: Mapping[str, Eval]) -> dict[str
                 problems.append((f"evals.{name}", told))
         if not evals and not subject.evals:
             problems.append(("evals", f"{subject.name} was trained with none: name some, such as evals=[shapes]"))
-    data = Sources(Path(subjects[0].settings.paths.datasets))
     if evals:
         opened = open_evaluations(evals, data, problems)
-        found = {subject.name: opened for subject in subjects}
-    else:
-        found = {subject.name: open_evaluations(subject.evals, data, problems) for subject in subjects}
-    problems.report()
-    return found
+        return {subject.name: opened for subject in subjects}
+    return {subject.name: open_evaluations(subject.evals, data, problems) for subject in subjects}

@@ -10,7 +10,7 @@ from multimodal import distributed
 from multimodal.cli import launch, plain, program
 from multimodal.config import check
 from multimodal.finished_run import Settings
-from multimodal.parts import Eval
+from multimodal.parts import Eval, Sources
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class EvaluateConfig(Settings):
 def main(composed: DictConfig) -> None:
     """Load each model, run the evaluations, write `evaluations/<step>/` in its folder, print the numbers.
 
-    Data are opened, and mistakes in them told, before the first model is loaded.
+    Data are opened, and all mistakes in them and in names told, before the first model is loaded.
     """
     asked = check(plain(composed), EvaluateConfig)
 
@@ -46,13 +46,14 @@ def main(composed: DictConfig) -> None:
     from multimodal.results import FILE, estimates, table, write_figures, write_numbers
     from multimodal.subjects import find, open_all
 
-    subjects = find(asked.run, asked)
-    evaluations = open_all(subjects, asked.evals)
+    problems = Problems()
+    subjects = find(asked.run, asked, problems)
+    evaluations = open_all(subjects, asked.evals, Sources(asked.paths.datasets), problems)
+    problems.report()
     distributed.start(device_of(asked.device))
     found = {}
     try:
         for subject in subjects:
-            problems = Problems()
             with problems.at(f"run {subject.name}"):
                 encoder = subject.load()
             problems.report()
