@@ -55,8 +55,8 @@ class ImageTextModel:
         self.model = model.eval()
         self.readers = dict(readers)
         self.device: torch.device = model.logit_scale.device
-        kind = native_precision(self.device) if precision == "auto" else precision
-        context = torch.autocast(self.device.type, torch.bfloat16, enabled=kind == "bf16")
+        self.precision = native_precision(self.device) if precision == "auto" else precision
+        context = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         self.encoder = Encoder(model, readers, context, batch_size, workers)
 
     @property
@@ -89,7 +89,7 @@ class ImageTextModel:
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"texts should be strings, got {type(wrong[0]).__name__}")
         tower = self.tower("text")
-        with self._count_truncated(tower, len(texts)):
+        with self.count_truncated(tower, len(texts)):
             return self.encoder.encode(tower, texts)
 
     def encode_readable(
@@ -102,7 +102,7 @@ class ImageTextModel:
         RunError if the model itself gives features that are not finite.
         """
         reads = self.readers[tower].reads
-        with self._count_truncated(tower, len(inputs)):
+        with self.count_truncated(tower, len(inputs)):
             features, broken = self.encoder.encode_readable(tower, _Pictures(inputs) if reads == "image" else inputs)
         wrong = [
             place for place in (~features.isfinite().all(dim=1)).nonzero().flatten().tolist() if place not in broken
@@ -160,7 +160,7 @@ class ImageTextModel:
         raise ValueError(f"the model has no tower that reads {reads}; it has: {', '.join(self.readers)}")
 
     @contextmanager
-    def _count_truncated(self, tower: str, count: int) -> Iterator[None]:
+    def count_truncated(self, tower: str, count: int) -> Iterator[None]:
         """Warn of texts that are cut inside."""
         preprocessor = self.readers[tower].preprocessor
         before = preprocessor.num_truncated

@@ -90,6 +90,14 @@ def tiny_config(tiny_raw: dict[str, Any], tmp_path: Path) -> TinyConfig:
     return make
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of that configuration that has ended."""
+    config = check(composed(*TINY, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
+    trainer.Trainer(config).run()
+    return config.folder
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves take longer to draw than these runs to train."""

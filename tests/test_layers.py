@@ -46,7 +46,7 @@ LAYERS = (
     ("export",),
     ("dry_run", "kept_features", "plan", "report", "trainer"),
     ("api", "cli"),
-    ("embeddings", "subjects"),
+    ("adapters", "embeddings", "subjects"),
     ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}
