@@ -3,13 +3,12 @@
 uv run --with-requirements tests/peers/clip_benchmark.txt python -m pytest tests/test_clip_benchmark_peer.py
 """
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peer_data import TEMPLATE, FewPictures
+from peer_data import TEMPLATE, FewPictures, readme_block
 from torch.utils.data import DataLoader, Dataset
 
 import multimodal
@@ -21,13 +20,11 @@ from multimodal.parts import Sources
 
 pytest.importorskip(
     "clip_benchmark",
-    reason="runs with: uv run --with-requirements tests/peers/clip_benchmark.txt python -m pytest "
-    + Path(__file__).name,
+    reason="runs with: uv run --with-requirements tests/peers/clip_benchmark.txt "
+    "python -m pytest tests/test_clip_benchmark_peer.py",
 )
 
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
-
-ROOT = Path(__file__).parents[1]
 
 
 class Rows(Dataset):
@@ -153,7 +150,6 @@ def test_retrieval_of_a_model_is_that_of_clip_benchmark(model):
 
 
 def test_the_example_of_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):
-    (code,) = (block for block in blocks() if "CLIPBenchmarkModel" in block)
     source = FewPictures().build(Path())
     for index in range(len(source)):
         folder = tmp_path / "photos" / source.class_names[source.label(index)]
@@ -162,11 +158,5 @@ def test_the_example_of_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "shapes_tiny").symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec(readme_block("CLIPBenchmarkModel"), {})
     assert {"acc1", "acc5", "mean_per_class_recall"} <= eval(capsys.readouterr().out).keys()
-
-
-def blocks():
-    """The code of the README."""
-    text = (ROOT / "README.md").read_text()
-    return [re.sub(r"(?m)^    ", "", block) for block in re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", text)]
