@@ -15,6 +15,7 @@ from multimodal.adapters.mteb import MTEBEncoder
 from multimodal.evals.ranking import Matches, rank_metrics, ranked
 from multimodal.evals.retrieval import Retrieval
 from multimodal.evals.sts import TextSimilarity
+from multimodal.evals.winoground import winoground_hits
 from multimodal.evals.zero_shot import ZeroShot
 from multimodal.parts import Sources
 
@@ -27,6 +28,7 @@ import mteb
 from datasets import Dataset, DatasetDict
 from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS, AbsTaskZeroShotClassification
+from mteb.abstasks.image.image_text_pair_classification import AbsTaskImageTextPairClassification
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol, SearchProtocol
 
@@ -98,6 +100,22 @@ class LocalZeroShot(AbsTaskZeroShotClassification):
 
     def get_candidate_labels(self):
         return [TEMPLATE.replace("{}", name) for name in FewPictures().build(Path()).class_names]
+
+
+class LocalPairs(AbsTaskImageTextPairClassification):
+    """Two images and two captions, as in Winoground."""
+
+    metadata = metadata("Compositionality", "LocalPairs", "accuracy", ["image", "text"], "i2t")
+    images_column_names = ("image_0", "image_1")
+    texts_column_names = ("caption_0", "caption_1")
+
+    def load_data(self, *args, **kwargs):
+        source = FewPictures().build(Path())
+        images, texts = pictures(source), [source.captions(index)[0] for index in range(len(source))]
+        columns = {f"image_{side}": images[side::2] for side in (0, 1)}
+        columns |= {f"caption_{side}": texts[side::2] for side in (0, 1)}
+        self.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
+        self.data_loaded = True
 
 
 PAIRS = [
@@ -174,6 +192,16 @@ def test_ranks_are_counted_as_mteb_counts_them(seed):
         assert 0 < ours["r1"] < 1
 
 
+def test_pairs_are_told_apart_as_mteb_counts_them():
+    cosines = torch.randn(300, 2, 2, generator=torch.Generator().manual_seed(0))  # caption (row) with image
+    cosines += torch.tensor([1.0, 0.0])[:, None]  # so that the two directions differ
+    ours = {name: hits.double().mean().item() for name, hits in winoground_hits(cosines).items()}
+    theirs = LocalPairs()._compute_metrics([one.T for one in cosines], 2, 2)
+    found = [theirs[name] for name in ("text_acc", "image_acc", "accuracy")]
+    assert found == pytest.approx([ours["text"], ours["image"], ours["group"]], abs=ROUNDED)
+    assert abs(ours["text"] - ours["image"]) > 0.02
+
+
 # --- a model, pictures and words ------------------------------------------------------------------------------------
 
 
@@ -204,6 +232,17 @@ def test_similarity_of_texts_of_a_model_is_that_of_mteb(model, tmp_path):
     for name in ("spearman", "pearson"):
         assert ours[name] == pytest.approx(theirs[name], abs=ROUNDED)
         assert ours[name] == pytest.approx(theirs[f"cosine_{name}"], abs=ROUNDED)
+
+
+def test_pairs_of_images_and_captions_are_told_apart_as_in_mteb(model):
+    source = FewPictures().build(Path())
+    texts = model.encode_text([source.captions(index)[0] for index in range(len(source))]).view(-1, 2, 16)
+    images = model.encode_image(pictures(source)).view(-1, 2, 16)
+    ours = {name: hits.double().mean().item() for name, hits in winoground_hits(texts @ images.mT).items()}
+    theirs = scores(model, LocalPairs)
+    found = [theirs[name] for name in ("text_acc", "image_acc", "accuracy")]
+    assert found == pytest.approx([ours["text"], ours["image"], ours["group"]], abs=ROUNDED)
+    assert ours["text"] > 0 < ours["image"]
 
 
 def test_the_example_of_the_readme_runs(tiny_run, tmp_path, monkeypatch, capsys):

@@ -22,9 +22,10 @@ class MTEBEncoder:
     - mteb's `recall_at_k` is the share of right items that were found; our `r1`, `r5`, `r10` are its `hit_rate_at_k`.
     - its `mrr_at_k` is 0 beyond place k; our `mrr` is over all items, so never below it, and above by 1 / (k + 1) at
       most. `ndcg_at_10` is our `ndcg10`.
-    - ties are broken by the names of items there, and count against the model here.
+    - ties are broken by names or order there, and count against the model here.
     - classes are prompted as the task says, with one prompt each; `accuracy` is our `top1` with these prompts.
-    - `cosine_spearman` is our `spearman`.
+    - `cosine_spearman` is our `spearman`; of two images with two captions (Winoground), `text_acc`, `image_acc` and
+      `accuracy` are our `text`, `image` and `group`.
 
     Features are of unit norm, which mteb's own wrapper of open_clip leaves to cosines: tasks that take features as they
     are (probes, clusters) see another scale. What has an image and a text is the sum of both, of unit norm again.
