@@ -167,7 +167,7 @@ def test_what_is_right_is_not_refused(tiny_raw: dict[str, Any], path: str, value
 def test_the_best_may_be_that_of_an_evaluation_that_runs_but_no_other(compose: Compose) -> None:
     raw = compose("evals=[shapes]")
     check(put(raw, "checkpoint.best", "eval/shapes/top1"), TrainConfig)
-    for wrong in ("eval/shape/top1", "shapes/top1", "eval/shapes/topp1", "train/loss"):
+    for wrong in ("eval/shape/top1", "shapes/top1", "eval/shapes", "eval/shapes/topp1", "train/loss"):
         assert "eval/shapes/" in problems(put(raw, "checkpoint.best", wrong))["checkpoint.best"]
     of_the_mean = put(raw, "checkpoint.best", "eval_ema/shapes/top1")
     assert "checkpoint.best" in problems(of_the_mean)
