@@ -41,6 +41,7 @@ RUN = [
     "augment=crop_flip",
     "evals=[shapes]",
     "evals.shapes.dataset.size=16",
+    "evals.shapes.allow_empty_classes=true",
     "evals.shapes.every=10steps",
     "checkpoint.every=2steps",
     "checkpoint.keep=2",

@@ -194,7 +194,7 @@ def test_what_open_clip_fails_at_is_refused_before(knob: str, tmp_path: Path) ->
 
 
 def test_metrics_of_a_card_are_those_of_its_checkpoint(tmp_path: Path) -> None:
-    metrics = ("evals=[shapes]", "evals.shapes.every=4steps", "evals.shapes.dataset.size=40", "checkpoint.every=4steps")
+    metrics = ("evals=[shapes]", "evals.shapes.every=4steps", "evals.shapes.dataset.size=80", "checkpoint.every=4steps")
     config = check(composed(*[w for w in TINY if w != "evals=[]"], *metrics, f"paths.runs={tmp_path}"), TrainConfig)
     Trainer(config).run()
     rows = [yaml.safe_load(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]

@@ -346,6 +346,7 @@ def report(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_together_and_nothing_is_written(tmp_path: Path) -> None:
     three(tmp_path / "runs")
     done = report("a", "bb", "out=report.txt", "+oot=1", cwd=tmp_path)
@@ -359,6 +360,7 @@ def test_mistakes_are_told_together_and_nothing_is_written(tmp_path: Path) -> No
     assert not list(tmp_path.glob("report*"))
 
 
+@pytest.mark.slow
 def test_a_key_that_there_is_not_is_told_with_the_nearest(tmp_path: Path) -> None:
     done = report("a", "paths.rns=x", cwd=tmp_path)
     assert done.returncode == 1
@@ -366,11 +368,13 @@ def test_a_key_that_there_is_not_is_told_with_the_nearest(tmp_path: Path) -> Non
     assert "Did you mean 'paths.runs'?" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     done = report(cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "1 problem in the configuration:\n  runs: no value given\n")
 
 
+@pytest.mark.slow
 def test_the_program_writes_one_page_and_says_where(tmp_path: Path) -> None:
     three(tmp_path / "runs")
     sweep = shifted(0.01)

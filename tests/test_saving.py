@@ -354,7 +354,7 @@ def test_a_best_that_cannot_be_marked_is_not_told_as_a_checkpoint_that_cannot_be
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = tiny_config("evals=[shapes]", "evals.shapes.dataset.size=16", "checkpoint.best=eval/shapes/top1")
+    config = tiny_config("evals=[shapes]", "evals.shapes.dataset.size=80", "checkpoint.best=eval/shapes/top1")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "mark_best", refuse)
         with pytest.raises(RunError, match=r"is written, but cannot be marked as the best: .*No space left"):

@@ -319,7 +319,7 @@ WAYS: dict[str, tuple[tuple[int, str, int], ...]] = {
 """Ranks, sharding and the step to which, of runs that are continued; tuned ones begin with weights of the first."""
 TRAINER = (
     *(word for word in TINY if not word.startswith(("evals", "duration", "log"))),
-    *("evals=[shapes]", "evals.shapes.dataset.size=40", "evals.shapes.every=never", "log.every=1steps"),
+    *("evals=[shapes]", "evals.shapes.dataset.size=80", "evals.shapes.every=never", "log.every=1steps"),
     *("schedule=constant", "warmup=1steps", "ema.decay=0.9", "micro_batch_size=3", "model.logit_bias=-1.0"),
     *(
         "towers.image.grad_checkpointing=true",
