@@ -31,14 +31,19 @@ def bootstrap(
     def draw() -> NDArray[np.intp]:
         return np.concatenate([kind[rng.integers(len(kind), size=len(kind))] for kind in kinds])
 
-    rows = max(1, AT_A_TIME // max(1, count))
-    values = []
-    for start in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - start)
-        drawn = [np.bincount(draw(), minlength=count) for _ in range(size)]
-        values.append(statistic(torch.from_numpy(np.stack(drawn)).double()).double())
+    drawn = torch.empty(min(RESAMPLES, max(1, AT_A_TIME // max(1, count))), count, dtype=torch.float64)
+    values: Tensor | None = None
+    for start in range(0, RESAMPLES, len(drawn)):
+        some = drawn[: RESAMPLES - start]
+        for row in some.numpy():
+            row[:] = np.bincount(draw(), minlength=count)
+        found = statistic(some)
+        if values is None:  # in one piece: small ones that are kept between large ones that go make the heap grow
+            values = torch.empty(RESAMPLES, *found.shape[1:], dtype=torch.float64)
+        values[start : start + len(some)] = found
+    assert values is not None
     tail = (1 - LEVEL) / 2
-    low, high = torch.cat(values).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    low, high = values.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return low, high
 
 
