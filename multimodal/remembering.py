@@ -55,17 +55,18 @@ class _Images:
     """Features of the samples of a source, by place."""
 
     def __init__(self, size: int, width: int) -> None:
-        self.features = torch.full((size, width), torch.nan)
-        self.known = torch.zeros(size, dtype=torch.bool)
+        self.rows = torch.full((size,), -1, dtype=torch.int32)  # of features, by place
+        self.features = torch.empty(0, width)
 
     def encode(self, encoder: Encoder, tower: str, inputs: Inputs) -> Tensor:
         places = torch.as_tensor(inputs.places)
-        missing = (~self.known[places]).nonzero().flatten().tolist()
-        if missing:
-            wanted = inputs if len(missing) == len(inputs) else Slice(inputs, missing)
-            self.features[places[missing]] = encoder.encode(tower, wanted)
-            self.known[places] = True
-        return self.features if len(places) == len(self.features) else self.features[places]
+        missing = (self.rows[places] < 0).nonzero().flatten()
+        if len(missing):
+            made = encoder.encode(tower, inputs if len(missing) == len(inputs) else Slice(inputs, missing.tolist()))
+            first, self.features = len(self.features), torch.cat([self.features, made])
+            self.rows[places[missing]] = torch.arange(first, len(self.features), dtype=torch.int32)
+        rows = self.rows[places].long()
+        return self.features if torch.equal(rows, torch.arange(len(self.features))) else self.features[rows]
 
 
 class Remembering:

@@ -1,13 +1,16 @@
 """What evaluations found, on disk: numbers in `results.json`, figures beside them."""
 
 import json
-import math
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from multimodal.files import write_json
 from multimodal.parts import Estimate, Report
+
+logger = logging.getLogger(__name__)
 
 FILE = "results.json"
 
@@ -29,13 +32,22 @@ def estimates(reports: Mapping[str, Report]) -> dict[str, Estimate]:
 def write_numbers(reports: Mapping[str, Report], folder: Path) -> None:
     """Add the numbers to what the folder's `results.json` holds; what is no number is null."""
     path = folder / FILE
-    before = json.loads(path.read_text()) if path.exists() else {}
     folder.mkdir(parents=True, exist_ok=True)
-    found = {
-        key: {name: value if value is None or math.isfinite(value) else None for name, value in asdict(one).items()}
-        for key, one in estimates(reports).items()
-    }
-    write_json(path, {**before, **found})
+    write_json(path, {**_read(path), **{key: asdict(one) for key, one in estimates(reports).items()}})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing, and a warning, if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict):
+        logger.warning("%s is damaged: it is written anew, without what it held", path)
+        return {}
+    return held
 
 
 def write_figures(reports: Mapping[str, Report], folder: Path) -> Iterator[tuple[str, Path]]:

@@ -64,6 +64,7 @@ def main(composed: DictConfig) -> None:
                 for _, path in write_figures(reports, subject.folder):
                     logger.info("%s", path)
                 logger.info("%s", subject.folder / FILE)
+            del encoder, reports  # before the next model takes its place
     finally:
         distributed.stop()
     if distributed.rank() == 0:

@@ -239,6 +239,8 @@ def test_what_is_promised_is_reported_and_is_a_number(asked: dict[str, Asked], n
         assert estimate.count is None or estimate.count > 0, metric
 
 
+PROBES = "knn", "few_shot", "linear_probe"
+"""Features that are no numbers are all alike to them: they may name the class that most test images have."""
 ACCURACIES = re.compile(
     r"top\d|mean_per_class|.*2._(r\d+|mrr|ndcg10)|map|clean|mean$|best|worst|ensemble|majority|weighted"
     r"|(swap|replace)_|text$|image$|group$|noise|blur|caption|.*separability|spearman|pearson"
@@ -253,6 +255,29 @@ def test_what_is_like_an_accuracy_has_chance_count_and_interval(asked: dict[str,
             assert isinstance(found, Estimate), metric
             assert None not in (found.chance, found.count, found.low, found.high), metric
             assert found.low <= found.value <= found.high, metric
+
+
+class Nowhere(Knowing):
+    """A model whose weights have become no numbers."""
+
+    def encode(self, tower: str, inputs: Any) -> Tensor:
+        return torch.full((len(inputs), 64), torch.nan)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_without_numbers_is_evaluated_and_is_never_better_than_chance(
+    asked: dict[str, Asked], name: str
+) -> None:
+    part, run, _ = asked[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "RESAMPLES", 10)
+        report = run(Nowhere())
+    assert set(part.metrics) <= set(report.metrics)
+    for metric, found in report.metrics.items():
+        if isinstance(found, Estimate) and found.chance is not None and ACCURACIES.match(metric):
+            assert not found.value > found.chance + (name in PROBES), metric
+        if "significant" in metric or metric.endswith("_p") or metric in ("p", "max_skew", "ndkl"):
+            assert math.isnan(float(found)), metric
 
 
 # --- chance ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report, Sources
-from multimodal.results import folder_of
+from multimodal.results import folder_of, write_numbers
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
@@ -161,3 +161,16 @@ def test_a_picture_that_cannot_be_written_costs_nothing_else(
     assert Trainer(config).run()["status"] == "finished"
     assert "a figure of step 2 cannot be written: [Errno 28] No space left on device" in caplog.text
     assert len([row for row in rows(config) if "eval/it/top1" in row]) == len(SCORES)
+
+
+@pytest.mark.parametrize("held", ["", "[1, 2]", "{", '{"eval/other/top1": {"value": 0.5}}'])
+def test_damaged_results_are_written_anew_and_whole_ones_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
+) -> None:
+    (tmp_path / "results.json").write_text(held)
+    write_numbers({"eval/it": Report({"top1": math.nan})}, tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.pop("eval/it/top1")["value"] is None
+    whole = "other" in held
+    assert found == (json.loads(held) if whole else {})
+    assert ("is damaged" in caplog.text) != whole

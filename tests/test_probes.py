@@ -84,7 +84,7 @@ def test_both_accuracies_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(rng.choice(5, 60, p=[0.5, 0.2, 0.2, 0.1, 0]))
     predicted = torch.where(torch.from_numpy(rng.random(60) < 0.6), labels, torch.zeros_like(labels))
-    found = accuracies(predicted, labels, 0.2)
+    found = accuracies(predicted, labels, {"top1": 0.2, "mean_per_class": 0.2})
     assert found["top1"].value == pytest.approx((predicted == labels).double().mean().item())
     assert found["mean_per_class"].value == pytest.approx(balanced_accuracy_score(labels, predicted))
     for estimate in found.values():
@@ -271,3 +271,12 @@ def test_pixels_of_cifar_10_tell_classes_better_than_chance(kind):
     metrics = run(PixelEncoder()).metrics
     accuracy = next(iter(metrics.values()))
     assert accuracy.low > accuracy.chance == pytest.approx(0.1)
+
+
+def test_chance_is_what_is_left_when_labels_are_permuted():
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.tensor([0] * 90 + [1] * 10)[torch.randperm(100, generator=generator)] for _ in range(2))
+    features = torch.randn(2, 100, 4, generator=generator)
+    examples = Examples(features[0], train, features[1], test, ["often", "rare", "never"])
+    assert examples.chance == pytest.approx(0.9**2 + 0.1**2)
+    assert examples.chance_per_class == 1 / 2

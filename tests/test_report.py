@@ -385,3 +385,21 @@ def test_the_program_writes_one_page_and_says_where(tmp_path: Path) -> None:
     done = report("runs=[a,b]", "out=deep/page.html", cwd=tmp_path)
     assert re.fullmatch(r"2 runs, [\d.]+kB: deep/page.html\n", done.stdout), done.stderr
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("metric", ["max_skew", "ndkl"])
+def test_less_skew_is_better(metric: str) -> None:
+    share = numbers.is_share(metric, [folders.Value(0.5, 1, chance=0.4)])
+    assert (share, numbers.better(metric, share)) == (False, -1)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *("anisotropy_image", "anti_hubs_t2i", "hubness_i2t", "mean_absolute_effect", "share_significant"),
+        *("mean_absolute_effect_projected", "weat1_effect", "weat6_p_projected", "p", "effective_rank_text"),
+    ],
+)
+def test_of_associations_and_geometry_no_value_is_the_best_and_none_is_in_percent(metric: str) -> None:
+    share = numbers.is_share(metric, [folders.Value(0.5, 1, chance=0.4)])
+    assert (share, numbers.better(metric, share)) == (False, 0)

@@ -68,6 +68,8 @@ class FileChoices(ChoiceSource):
         named: dict[str, str] = {}
         for row in rows:
             named.setdefault(row.image, row.where)
+            if Path(row.image).is_absolute() or ".." in Path(row.image).parts:
+                raise ValueError(f"{row.where}: '{row.image}' leads out of the folder of images, '{folder}'")
         check_images(path, folder, named)
         places: dict[tuple[str, Box | None], int] = {}
         self.choices = [

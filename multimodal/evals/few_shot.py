@@ -63,7 +63,7 @@ class FewShot(Probe):
         hits = distributed.on_first_rank(partial(self._hits, examples))
         metrics: dict[str, float | Estimate] = {}
         for shots, found in hits.items():  # [draws, n]
-            metrics.update(means({f"top1_{shots}": found.mean(dim=0)}, {f"top1_{shots}": examples.chance}))
+            metrics.update(means({f"top1_{shots}": found.mean(dim=0)}, {f"top1_{shots}": examples.chance_per_class}))
             metrics[f"std_{shots}"] = found.mean(dim=1).std().item()
         curves = {"mean": [found.mean().item() for found in hits.values()]}
         for name, worst in (("best draw", max), ("worst draw", min)):

@@ -328,6 +328,8 @@ class Geometry(Eval):
 
     def _run(self, opened: _Opened, encoder: Encoder) -> Report:
         images, texts = encoder.encode("image", opened.images), encoder.encode("text", opened.captions)
+        if not (images.isfinite().all() and texts.isfinite().all()):
+            return Report(dict.fromkeys(self.metrics, math.nan))
         spectra = spectrum(images), spectrum(texts)
         metrics = {
             **_distances(opened, images, texts),

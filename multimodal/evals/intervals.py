@@ -58,9 +58,9 @@ def means(
     sizes = torch.bincount(groups).double()
     sums = torch.zeros(len(sizes), table.shape[1], dtype=torch.float64).index_add(0, groups, table)
     low, high = bootstrap(lambda drawn: drawn @ sums / (drawn @ sizes)[:, None], len(sizes))
-    known = chance or {}
+    known, sure = chance or {}, len(sizes) > 1  # one unit says nothing of others
     return {
-        name: Estimate(value, below, above, known.get(name), len(table))
+        name: Estimate(value, below if sure else None, above if sure else None, known.get(name), len(table))
         for name, value, below, above in zip(
             scores, table.mean(dim=0).tolist(), low.tolist(), high.tolist(), strict=True
         )
@@ -83,5 +83,8 @@ def median(
         middle = [torch.searchsorted(below, half, right=right).clamp(max=len(ordered) - 1) for right in (False, True)]
         return (ordered[middle[0]] + ordered[middle[1]]).squeeze(1) / 2
 
-    low, high = bootstrap(weighted, int(groups.max()) + 1)
-    return Estimate(ordered.quantile(0.5).item(), low.item(), high.item(), chance, len(values))
+    value, count = ordered.quantile(0.5).item(), int(groups.max()) + 1
+    if count < 2:
+        return Estimate(value, chance=chance, count=len(values))
+    low, high = bootstrap(weighted, count)
+    return Estimate(value, low.item(), high.item(), chance, len(values))

@@ -148,8 +148,9 @@ class LinearProbe(Probe):
 
     def probe(self, examples: Examples) -> Report:
         c, predicted = distributed.on_first_rank(partial(self._fit, examples))
+        chance = {"top1": examples.chance, "mean_per_class": examples.chance_per_class}
         return Report(
-            {**accuracies(predicted, examples.labels, examples.chance), "c": c},
+            {**accuracies(predicted, examples.labels, chance), "c": c},
             {"confusion_matrix": partial(_confusion, predicted, examples)},
         )
 

@@ -1,7 +1,7 @@
 """What probes share: they learn classes from image features of one data set, and are tested on another."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -21,19 +21,20 @@ from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, S
 def accuracies(
     predicted: Tensor,  # int64 [n]
     labels: Tensor,  # int64 [n]
-    chance: float,
+    chance: Mapping[str, float],  # of both
 ) -> dict[str, float | Estimate]:
     """`top1`, and `mean_per_class`, its average over the classes that occur; each with an interval over images."""
     hits = (predicted == labels).double()
     members = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.float64)
     members[torch.arange(len(labels)), labels] = 1
     members = members[:, members.any(dim=0)]
-    low, high = bootstrap(lambda drawn: (drawn @ (members * hits[:, None]) / (drawn @ members)).nanmean(1), len(hits))
-    by_class = (members * hits[:, None]).sum(dim=0) / members.sum(dim=0)
+    right = members * hits[:, None]
+    low, high = bootstrap(lambda drawn: (drawn @ right / (drawn @ members)).nanmean(1), len(hits))
+    by_class = right.sum(dim=0) / members.sum(dim=0)
     ends = {"low": low.item(), "high": high.item()}
     return {
-        **means({"top1": hits}, {"top1": chance}),
-        "mean_per_class": Estimate(by_class.mean().item(), **ends, chance=chance, count=len(hits)),
+        **means({"top1": hits}, chance),
+        "mean_per_class": Estimate(by_class.mean().item(), **ends, chance=chance["mean_per_class"], count=len(hits)),
     }
 
 
@@ -62,8 +63,15 @@ class Examples:
 
     @property
     def chance(self) -> float:
-        """Top-1 of guessing among the classes."""
-        return 1 / self.num_classes
+        """Top-1 of guessing classes as often as training has them: 1 / K where all are as frequent."""
+        counts = [torch.bincount(some, minlength=self.num_classes) for some in (self.train_labels, self.labels)]
+        shares = [some.double() / some.sum() for some in counts]
+        return (shares[0] * shares[1]).sum().item()
+
+    @property
+    def chance_per_class(self) -> float:
+        """Of accuracy averaged over classes: of those that training has, one is named."""
+        return 1 / len(torch.unique(self.train_labels))
 
 
 class Probe(Eval):

@@ -142,6 +142,8 @@ class Projection(Eval):
     def _run(self, opened: _Opened, encoder: Encoder) -> Report:
         texts = partial(encoder.encode, "text")
         first, second = (texts([in_template(self.template, pair[side]) for pair in self.pairs]) for side in (0, 1))
+        if not (first.isfinite().all() and second.isfinite().all()):
+            return Report(dict.fromkeys(self.metrics, math.nan))
         subspace = bias_subspace(first, second, self.components)
         prompts = prompt_features(encoder, opened.class_names, opened.templates).flatten(0, 1)  # [K x T, D]
         images = encoder.encode("image", opened.images)

@@ -35,21 +35,29 @@ def spread(
 
 
 def chance_spread(
-    logits: Sequence[Tensor],  # [n, K] of each template
+    predicted: Tensor,  # int64 [n, T] the class that each template names, -1 for none
     labels: Tensor,  # int64 [n]
 ) -> Tensor:  # float64 [4], as of `spread`
     """What is left of the spread where labels have nothing to do with images: its mean over random permutations.
 
     Templates differ then, too, and the best of them is above guessing: the less they agree, the further.
     """
-    predicted = torch.stack([_alone_first(one) for one in logits], dim=1)  # [n, T]
     rng = np.random.default_rng(0)
     orders = (torch.from_numpy(rng.permutation(len(labels))) for _ in range(PERMUTATIONS))
     accuracies = [(predicted == labels[order, None]).double().mean(dim=0) for order in orders]
     return spread(torch.stack(accuracies)).mean(dim=0)
 
 
-def _alone_first(logits: Tensor) -> Tensor:
+def guessed(
+    predicted: Tensor,  # int64 [n, T] the class that each template names, -1 for none
+    labels: Tensor,  # int64 [n]
+) -> Tensor:  # float64 [T]
+    """The mean accuracy over all permutations of the labels: 1 / K where all classes are as frequent."""
+    shares = torch.bincount(labels, minlength=int(predicted.max()) + 1).double() / len(labels)
+    return torch.where(predicted >= 0, shares[predicted], 0.0).mean(dim=0)
+
+
+def alone_first(logits: Tensor) -> Tensor:
     """int64 [n] the class with the highest logit; -1 where several have it, which counts as wrong whatever is right."""
     first = logits.argmax(dim=1)
     return torch.where(label_ranks(logits, first) == 1, first, -1)
@@ -93,23 +101,21 @@ class PromptSensitivity(Eval):
         self, images: Inputs, labels: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
     ) -> Report:
         text_features = prompt_features(encoder, class_names, templates)  # [K, T, D]
-        features, chance = encoder.encode("image", images), 1 / len(class_names)
-
-        def hits(logits: Tensor) -> Tensor:
-            return (label_ranks(logits, labels) == 1).double()
-
-        logits = [features @ one.T for one in text_features.unbind(dim=1)]
-        single = torch.stack([hits(one) for one in logits], dim=1)  # [n, T]
+        features = encoder.encode("image", images)
+        predicted = torch.stack([alone_first(features @ one.T) for one in text_features.unbind(dim=1)], dim=1)
+        single = (predicted == labels[:, None]).double()  # [n, T]
         accuracies = single.mean(dim=0)
         low, high = bootstrap(lambda drawn: spread(drawn @ single / len(single)), len(single))
-        _, _, best, worst = chance_spread(logits, labels).tolist()
-        guessed = chance, None, best, worst
-        rows = zip(self.metrics[:4], spread(accuracies).tolist(), low.tolist(), high.tolist(), guessed, strict=True)
+        _, _, best, worst = chance_spread(predicted, labels).tolist()
+        chance = guessed(predicted, labels).mean().item(), None, best, worst
+        rows = zip(self.metrics[:4], spread(accuracies).tolist(), low.tolist(), high.tolist(), chance, strict=True)
         metrics: dict[str, float | Estimate] = {
             name: Estimate(value, lower, upper, by_chance, len(single)) for name, value, lower, upper, by_chance in rows
         }
-        metrics.update(means({"ensemble": hits(features @ class_embeddings(text_features).T)}, {"ensemble": chance}))
-        return Report(metrics, {"templates": partial(_by_template, accuracies, templates, chance)})
+        named = alone_first(features @ class_embeddings(text_features).T)
+        by_chance = guessed(named[:, None], labels).item()
+        metrics.update(means({"ensemble": named == labels}, {"ensemble": by_chance}))
+        return Report(metrics, {"templates": partial(_by_template, accuracies, templates, by_chance)})
 
 
 def _by_template(accuracies: Tensor, templates: Sequence[str], chance: float) -> "Figure":

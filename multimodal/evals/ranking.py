@@ -144,12 +144,13 @@ def ranked(
 
     Exact, in tiles of some queries with all items: memory grows with n and m, not with their product.
     """
-    ranks, gains = [], []
-    for rows in torch.split(torch.arange(len(queries)), max(1, tile // max(1, len(items)))):
-        scores, right = queries[rows] @ items.T, matches.right(rows)
-        ranks.append(best_ranks(scores, right))
-        gains.append(ndcg(scores, right))
-    return torch.cat(ranks), torch.cat(gains)
+    ranks, gains = torch.empty(len(queries), dtype=torch.int64), torch.empty(len(queries), dtype=torch.float64)
+    size = max(1, tile // max(1, len(items)))
+    scores = torch.empty(min(size, len(queries)), len(items), dtype=queries.dtype)
+    for rows in torch.split(torch.arange(len(queries)), size):
+        some = torch.mm(queries[rows], items.T, out=scores[: len(rows)])
+        ranks[rows], gains[rows] = _ranks_and_gains(some, [matches.of_image(row) for row in rows.tolist()])
+    return ranks, gains
 
 
 def rank_metrics(

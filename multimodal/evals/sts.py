@@ -54,6 +54,8 @@ def spearman(
 
     Says whether the order is right, whatever the scale: the number that is reported for STS (Reimers et al. 2016).
     """
+    if not (x.isfinite().all() and y.isfinite().all()):
+        return torch.full((len(counts),), torch.nan, dtype=torch.float64)  # what is no number has no rank
     return pearson(midranks(x, counts), midranks(y, counts), counts)
 
 

@@ -114,9 +114,11 @@ def p_value(
     """How often chance associates X with A at least as much as it is; one-sided.
 
     Where divisions were drawn, the division as it is counts as one more, so that it is never 0 (Phipson and Smyth
-    2010).
+    2010). Not a number where an association is none.
     """
     least = (x.double().mean() - y.double().mean()).item() - ROUNDING
+    if not math.isfinite(least):
+        return math.nan
     as_much = int((null.values >= least).sum())
     return as_much / len(null.values) if null.exact else (as_much + 1) / (len(null.values) + 1)
 
@@ -154,7 +156,8 @@ def summary(found: Mapping[str, Association]) -> dict[str, float | Estimate]:
     """Of all tests: the mean of effects without their signs, and the share that is significant at 5%."""
     effect = sum(abs(one.effect.value) for one in found.values()) / len(found)
     by_chance = sum(one.null for one in found.values()) / len(found)
-    significant = sum(one.p < SIGNIFICANT for one in found.values()) / len(found)
+    known = not any(math.isnan(one.p) for one in found.values())
+    significant = sum(one.p < SIGNIFICANT for one in found.values()) / len(found) if known else math.nan
     return {
         "mean_absolute_effect": Estimate(effect, chance=by_chance, count=len(found)),
         "share_significant": Estimate(significant, chance=SIGNIFICANT, count=len(found)),

@@ -8,14 +8,16 @@ from multimodal.report.folders import Value
 NONE = "\N{EN DASH}"
 
 SHARE = re.compile(
-    r"(^|_)((r|top|p|hits?|recall|precision|m?ap|acc|accuracy|auc|auroc|f1|mrr|ndcg)(_?at_?|@)?\d*|mean_per_class|share)$"
+    r"(^|_)((r|top|hits?|recall|precision|m?ap|acc|accuracy|auc|auroc|f1|mrr|ndcg)(_?at_?|@)?\d*|mean_per_class|share)$"
 )
 MEASURE = re.compile(
-    r"(^|_)(rank|gap|distance|effect_size|cosine|alignment|uniformity|entropy|norm|variance|std|scale|margin)$"
+    r"(^|_)(rank|gap|distance|effect_size|effect|cosine|alignment|uniformity|entropy|norm|variance|std|scale|margin|p"
+    r"|anisotropy|hubness|anti_hubs|margin|effective_rank)(_projected|_image|_text|_i2t|_t2i)?$"
+    r"|(^|_)(mean_absolute_effect|share_significant)(_projected)?$"
 )
-"""No fractions, although they may have a chance level."""
+"""No fractions of which more is better, although they may have a chance level."""
 CORRELATION = re.compile(r"(^|_)(spearman|pearson|kendall|correlation)$")
-LESS_IS_BETTER = re.compile(r"(^|_)(median_rank|mean_rank|loss|error|perplexity|ece|fid)$")
+LESS_IS_BETTER = re.compile(r"(^|_)(median_rank|mean_rank|loss|error|perplexity|ece|fid|max_skew|ndkl)$")
 
 
 def is_share(metric: str, values: Iterable[Value]) -> bool:
