@@ -14,7 +14,11 @@ from multimodal.data.files import locate
 
 
 class Aro(Choices):
-    """VG-Relation and VG-Attribution; each is a category."""
+    """VG-Relation and VG-Attribution; each is a category.
+
+    Its accuracy is the share of all its choices. The authors report the mean over relations, without symmetric ones,
+    and over pairs of attributes that are there 25 times or more: their numbers are others.
+    """
 
     path: str
     """The folder of the files."""

@@ -160,9 +160,9 @@ def _shards(folder: Path, split: str) -> list[Path]:
     said = path.read_text().strip()
     if not said.isdecimal() or int(said) == 0:
         raise ValueError(f"{path} should be the number of shards, it is '{said:.40}'")
-    names = [f"{number}.tar" for number in range(int(said))]
     found = {file.name for file in path.parent.glob("*.tar")}
-    if found != set(names):
+    names = [f"{number}.tar" for number in range(min(int(said), len(found) + 1))]
+    if found != set(names) or len(names) != int(said):
         differ = [f"{name} is missing" for name in names if name not in found][:3]
         differ += [f"{name} is not one of them" for name in sorted(found - set(names))][:3]
         raise ValueError(f"{path} says {said} shards, from 0.tar on, but {len(found)} are there: {', '.join(differ)}")
@@ -224,8 +224,10 @@ def _labels(tars: Tars, index: int, num_classes: int) -> NDArray[np.int64]:
     name = f"{tars.name(index)}.{LABELS}"
     try:
         vector = np.load(io.BytesIO(tars.read(index, LABELS)), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, MemoryError) as error:
         raise ValueError(f"{name} is not a NumPy array ({error})") from None
+    if not isinstance(vector, np.ndarray):
+        raise ValueError(f"{name} is not one NumPy array but several")
     if vector.shape != (num_classes,):
         raise ValueError(
             f"{name} has the shape {list(vector.shape)}, should be [{num_classes}]: one for each class name"

@@ -12,42 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from multimodal.evals.drawing import (
+    BLUE,
+    COLOURS,
+    GREY,
+    NORMAL,
+    ORANGE,
+    RED,
+    SMALL,
+    bare,
+    colour_bar,
+    new_figure,
+    wrap,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
     from PIL.Image import Image
-
-# Okabe and Ito 2008, told apart by colour-blind readers as well
-BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-COLOURS = (BLUE, ORANGE, GREEN, PINK, RED, SKY)
-GREY = "#8A8A8A"
-SMALL, NORMAL = 7.5, 9
 
 EVALUATION = "eval/", "eval_ema/"
 """What the names of an evaluation's metrics begin with."""
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _wrap(text: str, width: int, lines: int) -> str:
-    return textwrap.fill(text, width, max_lines=lines, placeholder=" ...")
-
-
-def _bare(axes: "Axes") -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-
-
-def _colour_bar(figure: "Figure", axes: "Axes", image: "AxesImage", label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30)
-    bar.set_label(label, fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL, length=0)
-    bar.outline.set_visible(False)
 
 
 # --- matrices -------------------------------------------------------------------------------------------------------
@@ -66,7 +51,7 @@ def confusion_matrix(
     shown = counts.sum(dim=1).argsort(descending=True, stable=True)[:limit].sort().values
     rows = counts[shown].double()
     cells = rows[:, shown]
-    names = [_wrap(class_names[i], 30, 1) for i in shown]
+    names = [wrap(class_names[i], 30, 1) for i in shown]
     columns = names
     if len(shown) < num_classes:
         cells = torch.cat([cells, rows.sum(dim=1, keepdim=True) - cells.sum(dim=1, keepdim=True)], dim=1)
@@ -74,7 +59,7 @@ def confusion_matrix(
     percent = 100 * cells / rows.sum(dim=1, keepdim=True).clamp(min=1)
 
     side = max(3.6, 1.6 + 0.3 * len(shown))
-    figure = _figure(side + 1.0, side)
+    figure = new_figure(side + 1.0, side)
     axes = figure.subplots()
     image = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
     for row, column in (percent >= 1).nonzero().tolist():
@@ -90,7 +75,7 @@ def confusion_matrix(
     recall = 100 * counts.diagonal().sum() / counts.sum().clamp(min=1)
     part = "" if len(shown) == num_classes else f"; the {len(shown)} most frequent of {num_classes} classes are shown"
     axes.set_title(f"top-1 {recall:.1f}%{part}", fontsize=NORMAL, loc="left")
-    _colour_bar(figure, axes, image, "% of the true class")
+    colour_bar(figure, axes, image, "% of the true class")
     return figure
 
 
@@ -101,7 +86,7 @@ def similarity_matrix(
     """The cosines of a few pairs, each image with each caption: a trained model shows a bright diagonal."""
     n = len(similarity)
     side = max(3.0, 0.17 * n)
-    figure = _figure(side + 4.2, side + 0.9)
+    figure = new_figure(side + 4.2, side + 0.9)
     axes = figure.subplots()
     image = axes.imshow(similarity.T.numpy(), cmap="viridis")
     axes.set_yticks(range(n), [textwrap.shorten(text, 48, placeholder=" ...") for text in captions], parse_math=False)
@@ -112,7 +97,7 @@ def similarity_matrix(
     others = (similarity.sum() - similarity.trace()) / max(1, n * (n - 1))
     title = f"mean cosine: pairs {similarity.diagonal().mean():z.2f}, others {others:z.2f}"
     axes.set_title(title, fontsize=NORMAL, loc="left")
-    _colour_bar(figure, axes, image, "cosine")
+    colour_bar(figure, axes, image, "cosine")
     return figure
 
 
@@ -134,15 +119,15 @@ class Query:
 def retrieval_grid(queries: Sequence[Query], num_images: int) -> "Figure":
     """Captions, each with its own image and the first images found for it, where its own is framed."""
     num_found = max((len(query.found) for query in queries), default=0)
-    figure = _figure(2.6 + 1.05 * (1 + num_found), 0.5 + 1.1 * max(1, len(queries)))
+    figure = new_figure(2.6 + 1.05 * (1 + num_found), 0.5 + 1.1 * max(1, len(queries)))
     widths = [2.4, 1, 0.12, *[1] * num_found]
     grid = figure.subplots(max(1, len(queries)), len(widths), squeeze=False, width_ratios=widths)
     for axes in grid.flat:
-        _bare(axes)
+        bare(axes)
     for row, query in zip(grid, queries, strict=False):
         colour = BLUE if query.rank == 1 else RED
         row[0].text(0, 0.95, f"rank {query.rank} of {num_images}", fontsize=SMALL, color=colour, va="top")
-        row[0].text(0, 0.76, _wrap(query.caption, 34, 4), fontsize=NORMAL, va="top", parse_math=False)
+        row[0].text(0, 0.76, wrap(query.caption, 34, 4), fontsize=NORMAL, va="top", parse_math=False)
         for axes, picture in zip([row[1], *row[3:]], [query.own, *query.found], strict=False):
             axes.imshow(picture.convert("RGB"))
         if query.rank <= len(query.found):
@@ -159,13 +144,13 @@ def batch_sheet(
     """Images as a tower gets them, each with its caption: what to look at before training on a new dataset."""
     num_columns = min(8, math.ceil(math.sqrt(max(1, len(images)))))
     num_rows = max(1, math.ceil(len(images) / num_columns))
-    figure = _figure(1.5 * num_columns, 1.95 * num_rows)
+    figure = new_figure(1.5 * num_columns, 1.95 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for axes in grid.flat:
-        _bare(axes)
+        bare(axes)
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_xlabel(_wrap(caption, 26, 3), fontsize=SMALL, parse_math=False)
+        axes.set_xlabel(wrap(caption, 26, 3), fontsize=SMALL, parse_math=False)
     return figure
 
 
@@ -210,7 +195,7 @@ def curves(
     panels = _panels(points)
     num_columns = min(3, max(1, len(panels)))
     num_rows = max(1, math.ceil(len(panels) / num_columns))
-    figure = _figure(3.5 * num_columns, 2.1 * num_rows)
+    figure = new_figure(3.5 * num_columns, 2.1 * num_rows)
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -236,7 +221,7 @@ def lines(
     labels: tuple[str, str],  # of the two axes
 ) -> "Figure":
     """A few series of values over the same places, with a legend beside them."""
-    figure = _figure(5.2, 3.0)
+    figure = new_figure(5.2, 3.0)
     axes = figure.subplots()
     for index, (name, values) in enumerate(series.items()):
         style = "-" if index < len(COLOURS) else "--"
@@ -265,12 +250,12 @@ def bars(
         kept = kept[: limit // 2] + kept[len(kept) - limit + limit // 2 :]
         title = f"{title}; the first and last of {len(names)}"
     rows = range(len(kept))
-    figure = _figure(5.2, 0.9 + 0.2 * max(3, len(kept)))
+    figure = new_figure(5.2, 0.9 + 0.2 * max(3, len(kept)))
     axes = figure.subplots()
     axes.barh(rows, [values[place] for place in kept], color=BLUE, height=0.7)
     if chance:
         axes.plot([chance[place] for place in kept], rows, "|", color=ORANGE, markersize=8, markeredgewidth=2)
-    axes.set_yticks(rows, [_wrap(names[place], 40, 1) for place in kept], parse_math=False)
+    axes.set_yticks(rows, [wrap(names[place], 40, 1) for place in kept], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_title(title if not chance else f"{title} (orange: chance)", fontsize=NORMAL, loc="left", parse_math=False)

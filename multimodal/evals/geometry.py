@@ -74,16 +74,19 @@ def separability(
 ) -> Tensor:  # float64 [2n] 1 where the modality was told right: of all x, then of all y
     """Whether a linear classifier tells images from texts that it has not seen: half of them if modalities are mixed.
 
-    Logistic regression, cross-validated over pairs, so that an image and its caption are in one fold.
+    Logistic regression, cross-validated over pairs, so that an image and its caption are in one fold. On one thread, as
+    a linear probe is fitted.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
+    from threadpoolctl import threadpool_limits
 
     features = torch.cat([x, y]).double().numpy()
     modality, pair = np.repeat([0, 1], len(x)), np.tile(np.arange(len(x)), 2)
-    told = cross_val_predict(
-        LogisticRegression(max_iter=1000), features, modality, groups=pair, cv=GroupKFold(n_splits=folds)
-    )
+    with threadpool_limits(1):
+        told = cross_val_predict(
+            LogisticRegression(max_iter=1000), features, modality, groups=pair, cv=GroupKFold(n_splits=folds)
+        )
     return torch.from_numpy(told == modality).double()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimodal.evals.figures import BLUE, GREY, NORMAL, ORANGE, SMALL, _figure
+from multimodal.evals.drawing import BLUE, GREY, NORMAL, ORANGE, SMALL, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def spectrum(
     text_rank: float,
 ) -> "Figure":
     """The singular values of both modalities, as shares of the largest; a steep fall is a space that is hardly used."""
-    figure = _figure(4.8, 3.2)
+    figure = new_figure(4.8, 3.2)
     axes = figure.subplots()
     for values, rank, name, colour in (
         (of_images, image_rank, "images", BLUE),
@@ -67,7 +67,7 @@ def plane(
     first = torch.searchsorted(owners, torch.arange(shown))
     x, y = ((part - centre) @ directions[:2].T for part in (images[:shown], texts[first]))
 
-    figure = _figure(4.8, 4.6)
+    figure = new_figure(4.8, 4.6)
     axes = figure.subplots()
     step = max(1, shown // PAIRS_JOINED)
     for one, other in zip(x[::step].tolist(), y[::step].tolist(), strict=True):

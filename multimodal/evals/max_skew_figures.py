@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from multimodal.evals.figures import NORMAL, SMALL, _colour_bar, _figure, _wrap
+from multimodal.evals.drawing import NORMAL, SMALL, colour_bar, new_figure, wrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def shares(
     off = 100 * (found - desired)
     most = max(1.0, off.abs().max().item())
     colours = LinearSegmentedColormap.from_list("off", ["#E69F00", "#FFFFFF", "#0072B2"])
-    figure = _figure(2.6 + 0.5 * len(names), 1.5 + 0.28 * len(queries))
+    figure = new_figure(2.6 + 0.5 * len(names), 1.5 + 0.28 * len(queries))
     axes = figure.subplots()
     rows = [*off.tolist(), [0.0] * len(names)]
     image = axes.imshow(rows, cmap=colours, vmin=-most, vmax=most, aspect="auto")
@@ -35,12 +35,12 @@ def shares(
         for column, value in enumerate(values):
             ink = "white" if rows[row][column] > 0.7 * most else "black"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=SMALL, color=ink)
-    axes.set_yticks(range(len(rows)), [*(_wrap(query, 34, 1) for query in queries), "desired"], parse_math=False)
-    labels = [_wrap(name, 20, 1) for name in names]
+    axes.set_yticks(range(len(rows)), [*(wrap(query, 34, 1) for query in queries), "desired"], parse_math=False)
+    labels = [wrap(name, 20, 1) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.axhline(len(queries) - 0.5, color="white", linewidth=3)
     axes.tick_params(length=0, labelsize=SMALL)
     axes.spines[:].set_visible(False)
     axes.set_title(f"% of the first {k} images", fontsize=NORMAL, loc="left")
-    _colour_bar(figure, axes, image, "points above desired")
+    colour_bar(figure, axes, image, "points above desired")
     return figure

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from multimodal.evals.figures import BLUE, GREY, NORMAL, ORANGE, SMALL, _figure, _wrap
+from multimodal.evals.drawing import BLUE, GREY, NORMAL, ORANGE, SMALL, new_figure, wrap
 from multimodal.parts import Estimate
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ def effects(found: Mapping[str, Estimate], after: Mapping[str, Estimate] | None 
 
     With what they are `after` a change in orange below.
     """
-    figure = _figure(5.6, 0.9 + (0.19 if after is None else 0.28) * len(found))
+    figure = new_figure(5.6, 0.9 + (0.19 if after is None else 0.28) * len(found))
     axes = figure.subplots()
     series = (
         [(found, BLUE, "before", 0.0)]
@@ -31,7 +31,7 @@ def effects(found: Mapping[str, Estimate], after: Mapping[str, Estimate] | None 
     if after is not None:
         axes.legend(fontsize=SMALL, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(found)), [_wrap(name, 46, 1) for name in found], parse_math=False)
+    axes.set_yticks(range(len(found)), [wrap(name, 46, 1) for name in found], parse_math=False)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xlim(-2.1, 2.1)
     axes.set_xlabel("effect size, 95% interval", fontsize=NORMAL)

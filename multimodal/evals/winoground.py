@@ -37,7 +37,7 @@ class Winoground(Eval):
     dataset: Choices
     """Choices that come two by two: the wrong caption of one is the right one of the other."""
     max_images: int | None = Field(gt=0)
-    """Take only choices about the first so many images; null for all."""
+    """Take only pairs of the first so many images; null for all."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -45,8 +45,10 @@ class Winoground(Eval):
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
         images, choices = open_choices(data, self.dataset, self.max_images)
+        if len(choices) % 2 and self.max_images is not None:
+            choices = choices[:-1]  # the other one is beyond
         pairs = list(zip(choices[::2], choices[1::2], strict=False))
-        if len(choices) % 2 or any(a.wrong != (b.right,) or b.wrong != (a.right,) for a, b in pairs):
+        if len(choices) % 2 or not pairs or any(a.wrong != (b.right,) or b.wrong != (a.right,) for a, b in pairs):
             raise ValueError(
                 "choices of the dataset do not come two by two, the wrong caption of one being the right one of the "
                 "other: evals=[choice] takes any"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from multimodal.evals.figures import BLUE, GREY, NORMAL, ORANGE, SMALL, _figure, _wrap
+from multimodal.evals.drawing import BLUE, GREY, NORMAL, ORANGE, SMALL, new_figure, wrap
 from multimodal.parts import Estimate
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def accuracies(by_group: Mapping[str, Estimate], overall: float, chance: float) 
     """The accuracy in each group with its interval, the worst last; of very many groups the worst ones are shown."""
     ordered = sorted(by_group.items(), key=lambda item: -item[1].value)
     shown = ordered[-LIMIT:]
-    figure = _figure(5.0, 1.1 + 0.2 * len(shown))
+    figure = new_figure(5.0, 1.1 + 0.2 * len(shown))
     axes = figure.subplots()
     for row, (_, found) in enumerate(shown):
         colour = ORANGE if row == len(shown) - 1 else BLUE
@@ -25,7 +25,7 @@ def accuracies(by_group: Mapping[str, Estimate], overall: float, chance: float) 
         axes.plot(100 * found.value, row, "o", color=colour, markersize=3.5)
     axes.axvline(100 * overall, color=BLUE, linewidth=0.8)
     axes.axvline(100 * chance, color=GREY, linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(shown)), [f"{_wrap(name, 34, 1)} ({one.count})" for name, one in shown], parse_math=False)
+    axes.set_yticks(range(len(shown)), [f"{wrap(name, 34, 1)} ({one.count})" for name, one in shown], parse_math=False)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("top-1 (%), 95% interval; line: all images, dashes: chance", fontsize=SMALL)
