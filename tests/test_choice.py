@@ -368,7 +368,14 @@ def test_scores_of_winoground_need_choices_two_by_two(tmp_path):
     with pytest.raises(ValueError, match="do not come two by two"):
         choice(ShapesBinding(size=30), kind=Winoground)
     with pytest.raises(ValueError, match="do not come two by two"):
-        choice(write_winoground(tmp_path), tmp_path, max_images=3, kind=Winoground)
+        choice(write_winoground(tmp_path), tmp_path, max_images=1, kind=Winoground)
+    counts = [
+        choice(write_winoground(tmp_path), tmp_path, max_images=limit, kind=Winoground)(KnowingEncoder())
+        .metrics["group"]
+        .count
+        for limit in (2, 3)
+    ]
+    assert counts == [1, 1]  # the third image has no other yet
 
 
 def test_a_category_without_a_choice_is_refused(tmp_path):
