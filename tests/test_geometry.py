@@ -19,8 +19,9 @@ from scipy import stats
 from multimodal.batch import Sample
 from multimodal.data.shapes import Shapes
 from multimodal.data.shards import Shards
-from multimodal.evals.geometry import (
-    Geometry,
+from multimodal.evals.geometry import Geometry
+from multimodal.evals.ranking import Matches
+from multimodal.evals.space import (
     alignment,
     anisotropy,
     centred,
@@ -36,7 +37,6 @@ from multimodal.evals.geometry import (
     uniformity,
     whitened,
 )
-from multimodal.evals.ranking import Matches
 from multimodal.parts import Dataset, Source, Sources
 
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
