@@ -56,7 +56,7 @@ class _Images:
 
     def __init__(self, size: int, width: int) -> None:
         self.rows = torch.full((size,), -1, dtype=torch.int32)  # of features, by place
-        self.features = torch.empty(0, width)
+        self.features = torch.empty(0, width, dtype=torch.float32)  # whatever torch makes unless told
 
     def encode(self, encoder: Encoder, tower: str, inputs: Inputs) -> Tensor:
         places = torch.as_tensor(inputs.places)

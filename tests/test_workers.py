@@ -19,7 +19,7 @@ class Preprocessor:
     num_truncated = 0
     def __call__(self, value, rng):
         time.sleep(0.02)
-        if value == 700:
+        if value == {place}:
             raise {error}
         return torch.tensor([value])
 
@@ -32,9 +32,9 @@ with closing(read_inputs(inputs, Reader("image", Preprocessor()), inputs, 8, wor
 """
 
 
-def start(error: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start(error: str, place: int = 700) -> tuple[subprocess.Popen[str], list[int]]:
     """The program, and its workers, when it has read its first batch."""
-    command = [sys.executable, "-c", PROGRAM.format(error=error)]
+    command = [sys.executable, "-c", PROGRAM.format(error=error, place=place)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "0\n"
@@ -64,6 +64,6 @@ def test_a_program_that_fails_ends_with_its_workers(error: str) -> None:
 
 
 def test_a_program_that_is_interrupted_ends_with_its_workers() -> None:
-    process, workers = start("ValueError")
+    process, workers = start("ValueError", place=-1)  # which never comes, however late the signal does
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in end(process, workers)
