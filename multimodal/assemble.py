@@ -243,7 +243,7 @@ def evaluate(
 
     What was found with the running mean of the `weights` is in `eval_ema/<name>`.
     """
-    encoder.forget()
-    reports = {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}
-    encoder.forget()  # features take memory, and will be others
-    return reports
+    try:
+        return {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}
+    finally:
+        encoder.forget()  # features take memory, and will be others

@@ -20,6 +20,7 @@ from pydantic import AfterValidator
 
 from multimodal.batch import Sample
 from multimodal.data.files import LabelledSource, locate, make_sample, open_image, read_captions, read_lines
+from multimodal.data.prompts import read_templates
 from multimodal.data.tars import Tars
 from multimodal.parts import Dataset, Source, did_you_mean
 
@@ -58,7 +59,7 @@ class ClipBenchmark(Dataset):
         _require(tars, kind)
         if kind == "retrieval":
             return CaptionedTars(tars)
-        class_names, templates = _lines(folder / CLASS_NAMES), _templates(folder / TEMPLATES)
+        class_names, templates = _lines(folder / CLASS_NAMES), read_templates(folder / TEMPLATES)
         if kind == "multilabel":
             return MultiLabelTars(tars, class_names, templates)
         labels = np.array([_label(tars, index) for index in range(len(tars))])
@@ -175,15 +176,6 @@ def _lines(path: Path) -> list[str]:
     if not lines:
         raise ValueError(f"{path} is empty")
     return lines
-
-
-def _templates(path: Path) -> tuple[str, ...]:
-    """Templates with our {} for their {c}."""
-    lines = [line for line in _lines(path) if line]
-    for line in lines:
-        if line.count("{c}") != 1:
-            raise ValueError(f"{path}: a template should have {{c}} once, for the name of the class, got '{line:.80}'")
-    return tuple(line.replace("{c}", "{}") for line in lines)
 
 
 # --- members --------------------------------------------------------------------------------------------------------
