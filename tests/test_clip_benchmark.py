@@ -178,7 +178,11 @@ PNG = encoded(picture(0), "PNG")
         ("classification", change("classnames.txt", "one\ntwo\n"), r"0.tar/s0000002.cls is 2, beyond the 2 names"),
         ("classification", change("classnames.txt", "one\n\nthree\n"), "`class_names` is empty for the label 1"),
         ("classification", change("classnames.txt", "\n"), "classnames.txt is empty"),
-        ("classification", change("zeroshot_classification_templates.txt", "a photo\n"), r"line 1: .*\{\} exactly once"),
+        (
+            "classification",
+            change("zeroshot_classification_templates.txt", "a photo\n"),
+            r"line 1: .*\{\} exactly once",
+        ),
         ("classification", change("dataset_type.txt", "retreival"), "it says 'retreival'.*mean 'retrieval'"),
         (
             "classification",
