@@ -269,4 +269,4 @@ def test_images_of_cifar_10_are_evaluated(part):
     )
     metrics = run(PixelEncoder()).metrics
     assert metrics["mean"].count == 100
-    assert metrics["mean"].chance == pytest.approx(0.1)
+    assert metrics["mean"].chance == pytest.approx(0.1, abs=0.02)  # 100 images are not as many of each class
