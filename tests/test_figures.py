@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multimodal.evals import figures
+from multimodal.evals import figures, zero_shot_figures
 
 pytestmark = pytest.mark.filterwarnings("error")  # no complaint of the drawing library
 
@@ -50,6 +50,25 @@ def test_of_many_classes_the_most_frequent_are_shown_and_no_image_is_lost():
 def test_a_class_without_images_is_an_empty_row():
     figure = figures.confusion_matrix(torch.tensor([[0, 0], [0, 4]]), ["cat", "dog"])
     assert figure.axes[0].images[0].get_array().tolist() == [[0, 0], [0, 100]]
+
+
+def test_failures_show_what_an_image_was_taken_for_and_what_it_is():
+    images = [Image.new("L", (8, 8)), Image.new("RGB", (20, 5))]
+    figure = zero_shot_figures.failures(
+        images, ["$5", "dog"], ["cat", "$6 or $7"], [0.9, 0.512], wrong=1200, total=5000
+    )
+    first, second, *rest = figure.axes
+    assert (first.get_title(), first.get_xlabel()) == ("cat 90%", "$5")
+    assert (second.get_title(), second.get_xlabel()) == ("$6 or $7 51%", "dog")
+    assert not any(axes.images or axes.get_title() for axes in rest)
+    assert figure.get_suptitle().startswith("wrong: 1,200 of 5,000")
+    draw(figure)
+
+
+def test_where_nothing_is_wrong_no_failure_is_shown():
+    figure = zero_shot_figures.failures([], [], [], [], wrong=0, total=10)
+    assert figure.get_suptitle().startswith("wrong: 0 of 10")
+    draw(figure)
 
 
 def test_the_similarity_matrix_has_captions_in_rows_and_images_in_columns():

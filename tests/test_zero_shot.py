@@ -20,6 +20,7 @@ from multimodal.evals.zero_shot import (
     in_order_of_names,
     label_ranks,
     mean_per_class_recall,
+    surest_failures,
     top_k_accuracy,
 )
 from multimodal.parts import Dataset, Source, Sources
@@ -170,6 +171,24 @@ def test_the_confusion_matrix_counts_every_image_once_and_agrees_with_top_1():
     ]
 
 
+def test_the_failures_shown_are_the_surest_wrong_ones_few_of_a_class():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (200,), generator=rng)
+    probabilities = torch.randn(200, 4, generator=rng).softmax(dim=1)
+    probabilities[:7] = torch.nan
+    wrong = [
+        (-value, place)
+        for place, (value, found) in enumerate(zip(*probabilities.max(dim=1), strict=True))
+        if found != labels[place] and place >= 7
+    ]
+    everything = surest_failures(probabilities, labels, limit=200, of_a_class=200)
+    assert everything == [place for _, place in sorted(wrong)]
+    shown = surest_failures(probabilities, labels, limit=5, of_a_class=2)
+    firsts = {place for label in range(4) for place in [i for i in everything if labels[i] == label][:2]}
+    assert shown == [place for place in everything if place in firsts][:5]
+    assert surest_failures(torch.eye(4), torch.arange(4)) == []
+
+
 def test_every_class_is_known_by_the_mean_of_its_own_prompts():
     report = build()(WordEncoder())
     found = values(report)
@@ -180,7 +199,7 @@ def test_every_class_is_known_by_the_mean_of_its_own_prompts():
         "top5": 1,
         "mean_per_class": pytest.approx(1 / 3),
     }
-    assert set(report.figures) == {"confusion_matrix"}
+    assert set(report.figures) == {"confusion_matrix", "failures"}
 
 
 def test_an_image_taken_for_another_class_is_wrong():

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,18 @@ from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
-from multimodal.evals import figures
+from multimodal.evals import figures, zero_shot_figures
 from multimodal.evals.classes import class_names_of, labels_of, require_images, templates_of
 from multimodal.evals.intervals import bootstrap, means
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BINS = 15
 """Of probabilities, in the calibration error."""
+FAILURES, OF_A_CLASS = 24, 3
+"""How many are shown, and at most of one class."""
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
@@ -135,6 +141,26 @@ def confusion_counts(
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def surest_failures(
+    probabilities: Tensor,  # [n, K]
+    labels: Tensor,  # int64 [n]
+    limit: int = FAILURES,
+    of_a_class: int = OF_A_CLASS,
+) -> list[int]:
+    """Places of images whose first class is a wrong one, the most probable first; of one true class a few at most."""
+    probability, predicted = probabilities.max(dim=1)
+    wrong = (predicted != labels) & ~probability.isnan()
+    order = probability.where(wrong, -1.0).argsort(descending=True, stable=True)[: int(wrong.sum())].tolist()
+    seen = Counter[int]()
+    chosen = []
+    for place in order:
+        label = int(labels[place])
+        if seen[label] < of_a_class:
+            chosen.append(place)
+        seen[label] += 1
+    return chosen[:limit]
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -200,4 +226,28 @@ class ZeroShot(Eval):
             "chance": 1 / len(names),
         }
         counts = confusion_counts(cosines, labels)
-        return Report(metrics, {"confusion_matrix": partial(figures.confusion_matrix, counts, names)})
+        probabilities = (encoder.logit_scale * cosines).softmax(dim=1)
+        drawn: dict[str, Callable[[], Figure]] = {
+            "confusion_matrix": partial(figures.confusion_matrix, counts, names),
+            "failures": partial(_failures, images, labels, names, probabilities, int(len(labels) - counts.trace())),
+        }
+        return Report(metrics, drawn)
+
+
+def _failures(
+    images: Inputs,
+    labels: Tensor,  # int64 [n]
+    names: Sequence[str],
+    probabilities: Tensor,  # [n, K]
+    wrong: int,
+) -> "Figure":
+    probability, predicted = probabilities.max(dim=1)
+    shown = surest_failures(probabilities, labels)
+    return zero_shot_figures.failures(
+        [images[place] for place in shown],
+        [names[label] for label in labels[shown].tolist()],
+        [names[label] for label in predicted[shown].tolist()],
+        probability[shown].tolist(),
+        wrong,
+        len(labels),
+    )
