@@ -130,12 +130,12 @@ def test_curves_have_a_panel_for_each_training_metric_and_each_scale_of_an_evalu
     }
     assert list(panels) == [
         ("train/loss", "loss"),
-        ("train/lr", "lr"),
         ("eval/x", "top1", "chance"),
         ("eval/x", "median_rank"),
         ("eval_ema/x", "top1", "chance"),
+        ("train/lr", "lr"),
     ]
-    loss, lr, fractions, _, means = panels.values()
+    loss, fractions, _, means, lr = panels.values()
     assert loss.lines[0].get_xdata().tolist() == [10, 20, 30]
     assert loss.lines[0].get_ydata()[:2].tolist() == [2.0, 1.0]
     assert lr.lines[0].get_xdata().tolist() == [10]

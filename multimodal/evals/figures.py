@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 EVALUATION = "eval/", "eval_ema/"
 """What the names of an evaluation's metrics begin with."""
+LOSS = "train/loss"
 
 
 # --- matrices -------------------------------------------------------------------------------------------------------
@@ -158,14 +159,16 @@ def batch_sheet(
 
 
 def _panels(points: Mapping[str, Sequence[tuple[int, float]]]) -> list[tuple[str, list[str]]]:
-    """Titles and keys of the panels: a training metric alone, an evaluation's fractions together, its others too."""
+    """Titles and keys of the panels: the loss, evaluations (their fractions together, their others too), the rest."""
     training = [(key, [key]) for key in points if not key.startswith(EVALUATION)]
+    training.sort(key=lambda panel: panel[0] != LOSS)
+    first = training[:1] if LOSS in points else []
     evaluations: dict[tuple[str, bool], list[str]] = {}
     for key in points:
         if key.startswith(EVALUATION):
             fraction = all(0 <= value <= 1 for _, value in points[key])
             evaluations.setdefault((key.rpartition("/")[0], fraction), []).append(key)
-    return training + [(title, keys) for (title, _), keys in evaluations.items()]
+    return first + [(title, keys) for (title, _), keys in evaluations.items()] + training[len(first) :]
 
 
 def _curve(axes: "Axes", key: str, points: Sequence[tuple[int, float]], colour: str) -> None:
@@ -203,11 +206,11 @@ def curves(
         for index, key in enumerate(keys):
             _curve(axes, key, points[key], COLOURS[index % len(COLOURS)])
         if len(keys) > 1:
-            axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.2, loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.2, loc="best")
         axes.set_title(title, fontsize=NORMAL, loc="left")
         axes.set_xlabel("step", fontsize=SMALL)
         axes.set_xlim(0, 1.02 * max(1, *(row["step"] for row in rows)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.ticklabel_format(axis="y", useOffset=False)  # ticks that are told apart
         axes.tick_params(labelsize=SMALL)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4, color="#DDDDDD")
