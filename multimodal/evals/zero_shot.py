@@ -186,9 +186,10 @@ def zero_shot_classifier(
 class ZeroShot(Eval):
     """Classify images by the nearest class name, set into templates; no image of these classes need have been seen.
 
-    Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes: the customary metric of some data sets, as
-    torchmetrics' accuracy with average="macro", where top-1 is its "micro"), `ece` (expected calibration error), and
-    `chance`, the top-1 of guessing.
+    Metrics: `top1`, `top5`, `mean_per_class` (top-1 averaged over classes, as torchmetrics' accuracy with
+    average="macro", where top-1 is its "micro"), `ece` (expected calibration error), and `chance`, the top-1 of
+    guessing. Papers give top-1, but `mean_per_class` for Caltech-101, Oxford Pets, Flowers-102 and FGVC Aircraft
+    (Radford et al. 2021, table 9), and mean average precision for data sets with several labels an image: `MultiLabel`.
     """
 
     dataset: Dataset
