@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from multimodal import checksums, distributed
 from multimodal.config import DamagedCheckpoint, Weights
 from multimodal.data.loader import Reader
 from multimodal.ema import Ema
+from multimodal.files import from_yaml
 from multimodal.model import Model
 
 logger = logging.getLogger(__name__)
@@ -269,21 +269,13 @@ def load_config(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.yaml")
     try:
-        raw = yaml.load(file.read_text(), _PlainLoader)  # which is a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not plain YAML: {error}") from None
+    raw = from_yaml(text, str(file))
     if not isinstance(raw, dict):
         raise ValueError(f"{file} is not a configuration: it holds no mapping")
     return raw
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias")
-        return super().compose_node(parent, index)
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from multimodal.api import ImageTextModel
-from multimodal.data.files import ImageFiles, PackedStrings, read_lines
+from multimodal.data.files import ImageFiles, PackedStrings
+from multimodal.data.texts import read_lines
 from multimodal.data.views import Captions, Inputs, Mapped, Slice
 from multimodal.files import write_json
 from multimodal.parts import Source

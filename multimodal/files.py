@@ -1,9 +1,43 @@
-"""Small files of a run."""
+"""Small files, of a run or of data: JSON and YAML that may come from strangers, and JSON as we write it."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+
+def from_json(text: str | bytes, name: str) -> Any:
+    """What a JSON text holds; ValueError, with the `name` of the text, if it is none, or nested without end."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{name}: not JSON to be read (nested too deeply)") from None
+
+
+def from_yaml(text: str, name: str) -> Any:
+    """What a YAML text holds; ValueError, with the `name` of the text, if it is not plain.
+
+    Plain is without tags that name classes, and without aliases, which can make a small file fill the memory.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)  # which is a SafeLoader
+    except RecursionError:
+        raise ValueError(f"{name} is not plain YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # of tags whose values do not fit: !!int x
+        raise ValueError(f"{name} is not plain YAML: {error}") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -1,23 +1,26 @@
 """What evaluations found, on disk: numbers in `results.json`, figures beside them."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from multimodal.files import write_json
+from multimodal.files import from_json, write_json
 from multimodal.parts import Estimate, Report
 
 logger = logging.getLogger(__name__)
 
 FILE = "results.json"
+EVALUATIONS, FIGURES = "evaluations", "figures"
+"""In a run's folder: results by step, and the figures that training has drawn."""
+TRAINING_CURVES = "curves"
+"""A figure of every trained run."""
 
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the results of a run's checkpoint are."""
-    return run / "evaluations" / f"step-{step:08d}"
+    return run / EVALUATIONS / f"step-{step:08d}"
 
 
 def estimates(reports: Mapping[str, Report]) -> dict[str, Estimate]:
@@ -41,8 +44,8 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        held = json.loads(path.read_text())
-    except (ValueError, RecursionError):
+        held = from_json(path.read_bytes(), str(path))
+    except ValueError:
         held = None
     if not isinstance(held, dict):
         logger.warning("%s is damaged: it is written anew, without what it held", path)

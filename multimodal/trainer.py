@@ -47,7 +47,7 @@ from multimodal.optim import parameter_groups
 from multimodal.parts import Report, RunInfo, Sources
 from multimodal.profiling import profiled, span
 from multimodal.progress import Progress
-from multimodal.results import estimates, folder_of, write_figures, write_numbers
+from multimodal.results import FIGURES, TRAINING_CURVES, estimates, folder_of, write_figures, write_numbers
 from multimodal.run_lock import RunLock
 from multimodal.saving import Saver
 from multimodal.sharding import is_sharded
@@ -379,7 +379,7 @@ class Trainer:
             if self.log is not None:
                 with self._pictures_may_fail():
                     write_numbers(reports, folder_of(self.folder, self.state.step))
-                    for name, path in write_figures(reports, self.folder / "figures"):
+                    for name, path in write_figures(reports, self.folder / FIGURES):
                         self.log.figure(self.state.step, name, path)
         improved = best is not None and self.state.improves(values.get(best, math.nan), mode)
         return distributed.total(improved)[0] > 0
@@ -421,10 +421,10 @@ class Trainer:
         }
         summary = self.log.summarise(facts, settings.best, settings.mode)
         if rows := self.log.rows:
-            path = self.folder / "figures" / "curves.png"
+            path = self.folder / FIGURES / f"{TRAINING_CURVES}.png"
             with self._pictures_may_fail():
                 path.parent.mkdir(exist_ok=True)
                 figures.curves(rows).savefig(path, dpi=120)
-                self.log.figure(self.state.step, "curves", path)
+                self.log.figure(self.state.step, TRAINING_CURVES, path)
         logger.info("%s at step %d: %s", status, self.state.step, self.folder / METRICS)
         return summary

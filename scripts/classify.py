@@ -15,7 +15,8 @@ from tqdm import tqdm
 from multimodal.api import load, require_distinct
 from multimodal.cli import launch, plain, program
 from multimodal.config import check
-from multimodal.data.files import ClassNames, ImageFiles, Templates, read_lines
+from multimodal.data.files import ClassNames, ImageFiles, Templates
+from multimodal.data.texts import read_lines
 from multimodal.data.views import Slice
 from multimodal.finished_run import FinishedRun
 

@@ -274,7 +274,7 @@ def test_files_of_sugarcrepe_that_are_not_there_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no add_att\.json in"):
         dataset.build(tmp_path)
     (tmp_path / "junk.tar").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a whole tar file"):
+    with pytest.raises(ValueError, match=r"junk\.tar is not a whole tar archive"):
         SugarCrepe(path="junk.tar", images="val2017").build(tmp_path)
     with pytest.raises(FileNotFoundError, match="no add_att"):
         SugarCrepe(path="nowhere", images="val2017").build(tmp_path)

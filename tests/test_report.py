@@ -133,6 +133,10 @@ def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:
     weights = {"x": torch.zeros(3, 5), "scale": torch.zeros(()), "norm.running_mean": torch.zeros(5)}
     save_file(weights, place / "model.safetensors")
     assert folders.read_run(run, "a").parameters == 16
+    sound = (place / "model.safetensors").read_bytes()
+    for lie in (b"[9,5]", b"[-3,5]", b'["x"]', b"[1e9]", b"{   }", b"[[3]]"):
+        (place / "model.safetensors").write_bytes(sound.replace(b"[3,5]", lie.ljust(5)))
+        assert folders.read_run(run, "a").parameters is None
     (place / "model.safetensors").write_bytes(b"nothing")
     assert folders.read_run(run, "a").parameters is None
 
@@ -239,6 +243,37 @@ def test_a_broken_file_is_named_on_the_page(tmp_path: Path, name: str, content: 
         or not content.endswith(b"\n")
         or name.rpartition("/")[2] in re.sub("<pre.*", "", text, flags=re.S)
     )
+
+
+DEEP = b"[" * 100_000
+NESTED = b'{"a":' * 300 + b"1" + b"}" * 300
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", DEEP),
+        ("config.yaml", NESTED),
+        ("config.yaml", b"a: &a [*a]"),
+        ("config.yaml", b"a: &a [1, 2]\nb: [*a, *a]"),
+        ("config.yaml", b"seed: !!int x"),
+        ("config.yaml", b"seed: 0x" + b"f" * 5000),
+        ("config.yaml", b"optimizer: {2001-01-01: x}"),
+        ("config.yaml", b"{optimizer: {_target_: [a, {b: c}]}, global_batch_size: [128], evals: [1]}"),
+        ("metrics.jsonl", DEEP + b"\n"),
+        ("metrics.jsonl", b'{"step": 1' + b"0" * 4000 + b', "train/loss": 1.0}\n{"step": true, "samples": [1]}\n'),
+        ("summary.json", DEEP),
+        ("summary.json", b'{"status": ' + NESTED + b', "step": [1]}'),
+        ("evaluations/step-00000060/results.json", DEEP),
+        ("evaluations/step-00000060/results.json", b'{"eval/a/top1": {"value": [1], "low": "x"}, "eval/a/b": [2]}'),
+    ],
+)
+def test_a_hostile_file_spoils_no_page(tmp_path: Path, name: str, content: bytes) -> None:
+    a, b, c = three(tmp_path)
+    (a / name).write_bytes(content)
+    text = rendered(a, b, c)
+    assert all(f">{shown}</span>" in text for shown in ("a", "b", "ViT-B-32-openai"))
+    assert "85.9" in text  # what the second run's files say
 
 
 def test_a_row_that_is_being_written_is_left_to_the_next_time(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_text_is_read_from_a_file_or_straight_from_an_archive(tmp_path):
 @pytest.mark.parametrize(
     ("path", "member", "message"),
     [
-        ("pairs.tar.gz", "sts/dve.csv", "has no member 'sts/dve.csv', only sts/dev.csv, .*Did you mean 'sts/dev.csv'"),
+        ("pairs.tar.gz", "sts/dve.csv", "has no file 'sts/dve.csv' in it, only sts/.*Did you mean 'sts/dev.csv'"),
         ("pairs.tar.gz", None, "is an archive: set `member` to one of sts/dev.csv, sts/bad.csv"),
         ("pairs.tar.gz", "sts/bad.csv", "pairs.tar.gz:sts/bad.csv is not UTF-8"),
         ("plain.csv", "dev.csv", "plain.csv is no tar archive.*set `member` to null"),

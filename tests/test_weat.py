@@ -201,7 +201,7 @@ def without(role, examples):
 @pytest.mark.parametrize(
     ("content", "knobs", "message"),
     [
-        ("{", {}, r"tests\.json is no JSON"),
+        ("{", {}, r"tests\.json: not JSON"),
         ("[]", {}, r"tests\.json should be a mapping of tests"),
         ({}, {}, "should be a mapping of tests"),
         ({"weat1": FLOWERS}, {"tests": ["weat2"]}, "tests: .*has no test 'weat2'. Did you mean 'weat1'"),

@@ -4,13 +4,13 @@ Yuksekgonul et al. 2023. Lists of {"image_path", "bbox_x", "bbox_y", "bbox_w", "
 "false_caption", ...}; the image is the box.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from multimodal.data.choices import Box, Choices, FileChoices, Row, caption_of, differing, value_of
 from multimodal.data.files import locate
+from multimodal.files import from_json
 
 
 class Aro(Choices):
@@ -46,10 +46,7 @@ class Aro(Choices):
 
 
 def _rows(category: str, path: Path) -> Iterator[Row]:
-    try:
-        records = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    records = from_json(path.read_bytes(), str(path))
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path} should be a list of records, got {records!r:.80}")
     for number, record in enumerate(records):

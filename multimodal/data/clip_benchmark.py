@@ -19,9 +19,10 @@ from PIL import Image
 from pydantic import AfterValidator
 
 from multimodal.batch import Sample
-from multimodal.data.files import LabelledSource, locate, make_sample, open_image, read_captions, read_lines
+from multimodal.data.files import LabelledSource, locate, make_sample, open_image, read_captions
 from multimodal.data.prompts import read_templates
 from multimodal.data.tars import Tars
+from multimodal.data.texts import lines_of, read_lines
 from multimodal.parts import Dataset, Source, did_you_mean
 
 LABEL, LABELS, TEXT = "cls", "npy", "txt"
@@ -132,7 +133,7 @@ class CaptionedTars(Source):
         return make_sample(self.key(index), self.tars.read(index), self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return read_captions(_text(self.tars, index, TEXT).splitlines())
+        return read_captions(lines_of(_text(self.tars, index, TEXT)))
 
     def key(self, index: int) -> str:
         return self.tars.name(index)
@@ -172,7 +173,9 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a file, stripped, up to the last one that has something in it."""
-    lines = [line.strip() for line in "\n".join(read_lines(path)).rstrip().splitlines()]
+    lines = [line.strip() for line in read_lines(path)]
+    while lines and not lines[-1]:
+        lines.pop()
     if not lines:
         raise ValueError(f"{path} is empty")
     return lines

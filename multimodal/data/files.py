@@ -94,16 +94,6 @@ class ImageFiles(Sequence[Path]):
         return self.folder / self.names[index]
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file; FileNotFoundError, or ValueError if it is no text."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file '{file}'")
-    try:
-        return file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is not UTF-8 text ({error})") from None
-
-
 # --- samples --------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Image-text pairs from a table of image paths and captions, as CSV or JSON lines."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from pydantic import AfterValidator
 
 from multimodal.batch import Sample
 from multimodal.data.files import PackedStrings, check_images, locate, make_sample, read_captions
+from multimodal.files import from_json
 from multimodal.parts import Dataset, Source, did_you_mean
 
 CSV, JSON_LINES = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson")
@@ -91,10 +91,7 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        row = from_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: should be a mapping with the fields, got {line.strip():.80}")
         yield number, row

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
 
-from multimodal.data.files import ClassNames, Templates, one_slot, read_lines
+from multimodal.data.files import ClassNames, Templates, one_slot
+from multimodal.data.texts import read_lines
 
 IMAGENET = "imagenet"
 """Stands for open_clip's names of ImageNet's classes, and for its 80 prompts, OpenAI's."""

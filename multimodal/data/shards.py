@@ -1,6 +1,5 @@
 """Image-text pairs in tar shards, as WebDataset and img2dataset write them, read at random access."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from multimodal.batch import Sample
 from multimodal.data.files import locate, make_sample, read_captions
 from multimodal.data.tars import Tars
+from multimodal.data.texts import lines_of
+from multimodal.files import from_json
 from multimodal.parts import BadSample, Dataset, Source, did_you_mean
 
 JSON, TEXT = "json", "txt"
@@ -74,14 +75,14 @@ class ShardSource(Source):
             record = self._record(index)
             if self.json_field in record:
                 return read_captions(record[self.json_field])
-            return read_captions(self.tars.read(index, TEXT).decode().split("\n"))
+            return read_captions(lines_of(self.tars.read(index, TEXT).decode()))
         except ValueError as error:
             raise BadSample(f"{self.key(index)}: {error}") from None
 
     def _record(self, index: int) -> dict[str, Any]:
         """The fields of the key's JSON; none if it has no JSON, or if that is not to be read."""
         raw = self.tars.read(index, JSON) if self.json_field is not None else b""
-        record = json.loads(raw or b"{}")
+        record = from_json(raw or b"{}", f"key.{JSON}")
         if not isinstance(record, dict):
             raise ValueError("the JSON is not a mapping")
         return record

@@ -4,12 +4,12 @@ Hsieh et al. 2023. Seven JSON files, {"0": {"filename", "caption", "negative_cap
 val2017.
 """
 
-import json
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from multimodal.data.archives import read_members
 from multimodal.data.choices import Choices, FileChoices, Row, caption_of, differing, value_of
+from multimodal.files import from_json
 
 CATEGORIES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
@@ -47,19 +47,12 @@ def _unpacked(folder: Path) -> dict[str, bytes]:
 
 def _packed(path: Path) -> dict[str, bytes]:
     """The JSON files in a tar file, in whichever folder there."""
-    try:
-        with tarfile.open(path) as tar:
-            members = [(member.name, tar.extractfile(member)) for member in tar if member.name.endswith(".json")]
-            return {Path(name).stem: file.read() for name, file in members if file is not None}
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole tar file, nor a folder ({error})") from None
+    _, found = read_members(path, lambda name: name.endswith(".json"))
+    return {Path(name).stem: raw for name, raw in found.items()}
 
 
 def _rows(category: str, texts: Mapping[str, bytes]) -> Iterator[Row]:
-    try:
-        records = json.loads(texts[category])
-    except ValueError as error:
-        raise ValueError(f"{category}.json: not JSON ({error})") from None
+    records = from_json(texts[category], f"{category}.json")
     if not isinstance(records, dict) or not records:
         raise ValueError(f"{category}.json should be a mapping from numbers to records, got {records!r:.80}")
     for number, record in records.items():

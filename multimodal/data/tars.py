@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from multimodal.data.archives import BROKEN, regular
 from multimodal.data.files import IMAGE_SUFFIXES, PackedStrings
 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -70,14 +71,14 @@ def _index(path: Path, suffixes: Sequence[str]) -> tuple[list[str], NDArray[np.i
     found: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg() and (match := MEMBER.fullmatch(member.name.removeprefix("./"))):
+            for member in regular(tar):
+                if match := MEMBER.fullmatch(member.name.removeprefix("./")):
                     span = (member.offset_data, member.offset_data + member.size)
                     found.setdefault(match[1], {})[match[2].lower()] = span
             file.seek(tar.offset)
             if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError(f"no end-of-archive mark where the members stop, at byte {tar.offset}")
-    except tarfile.ReadError as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: {_why_unreadable(path, error)}") from None
     rows = {key: _row(members, suffixes) for key, members in found.items()}
     rows = {key: row for key, row in rows.items() if row[0] != ABSENT}
@@ -91,7 +92,7 @@ def _row(members: Mapping[str, tuple[int, int]], suffixes: Sequence[str]) -> lis
     return [image, *(members.get(suffix, ABSENT) for suffix in suffixes)]
 
 
-def _why_unreadable(path: Path, error: tarfile.ReadError) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         magic = file.read(2)
     if magic in COMPRESSED:

@@ -3,12 +3,13 @@
 Thrush et al. 2022. A line of JSON for each: {"id", "image_0", "image_1", "caption_0", "caption_1", ...}.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from multimodal.data.choices import Choices, FileChoices, Row, caption_of, differing, value_of
 from multimodal.data.files import is_image, locate
+from multimodal.data.texts import read_lines
+from multimodal.files import from_json
 
 
 class Winoground(Choices):
@@ -30,14 +31,11 @@ class Winoground(Choices):
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, {where}: not JSON ({error})") from None
+        record = from_json(line, f"{path}, {where}")
         names = [str(value_of(record, f"image_{i}", f"{path}, {where}")) for i in range(2)]
         captions = [caption_of(record, f"caption_{i}", f"{path}, {where}") for i in range(2)]
         for i, name in enumerate(names):

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from pydantic import Field, Strict
 from torch import Tensor
 
-from multimodal.data.archives import read_text
 from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import weat_figures
 from multimodal.evals.classes import class_names_of, labels_of, templates_of
 from multimodal.evals.intervals import means
-from multimodal.evals.weat import Concepts, Template, Tests, in_template, read_tests, run_tests, summary
+from multimodal.evals.weat import Concepts, Template, Tests, in_template, open_tests, run_tests, summary
 from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
@@ -131,8 +130,7 @@ class Projection(Eval):
         for first, second in self.pairs:
             if not first.strip() or not second.strip() or first == second:
                 raise ValueError(f"pairs: ['{first}', '{second}'] should be two different texts, none of them empty")
-        name = self.path if self.member is None else f"{self.path}:{self.member}"
-        tests = read_tests(read_text(data.root, self.path, self.member), name, self.tests)
+        tests = open_tests(data.root, self.path, self.member, self.tests)
         source = data.open(self.dataset)
         class_names = class_names_of(source, self.class_names, data.root)
         templates = templates_of(source, self.templates, data.root)

@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from multimodal.data.archives import read_text
+from multimodal.data.archives import described, read_text
+from multimodal.data.texts import lines_of
 from multimodal.evals.intervals import bootstrap
 from multimodal.parts import Encoder, Estimate, Eval, Report, Sources
 
@@ -91,10 +92,10 @@ def read_pairs(text: str, name: str) -> list[ScoredPair]:
     ValueError, naming the line, for a row of another form.
     """
     found = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if not line.strip():
             continue
-        fields = [field.strip() for field in line.rstrip("\r").split("\t")]
+        fields = [field.strip() for field in line.split("\t")]
         if len(fields) < 7:
             raise ValueError(f"{name}, line {number}: {len(fields)} columns by tabs instead of seven ({COLUMNS})")
         try:
@@ -130,7 +131,7 @@ class TextSimilarity(Eval):
         return "spearman", "pearson"
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        name = self.path if self.member is None else f"{self.path}:{self.member}"
+        name = described(self.path, self.member)
         pairs = read_pairs(read_text(data.root, self.path, self.member), name)
         if len({pair.score for pair in pairs}) < 2:
             raise ValueError(f"{name}: {len(pairs)} pairs with not two different scores, so nothing to correlate with")

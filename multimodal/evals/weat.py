@@ -3,11 +3,11 @@
 With words this is WEAT (Caliskan et al. 2017), with sentences SEAT (May et al. 2019).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import combinations
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, Strict
 from torch import Tensor
 
-from multimodal.data.archives import read_text
+from multimodal.data.archives import described, read_text
 from multimodal.evals import weat_figures
 from multimodal.evals.intervals import bootstrap
+from multimodal.files import from_json
 from multimodal.parts import Encoder, Estimate, Eval, Report, Sources, did_you_mean
 
 ENUMERATED = 100_000
@@ -183,10 +184,7 @@ def read_tests(text: str, name: str, wanted: Sequence[str] | None) -> dict[str, 
 
     ValueError, naming the test, for one that is not there or of another form.
     """
-    try:
-        tests = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is no JSON: {error}") from None
+    tests = from_json(text, name)
     if not isinstance(tests, dict) or not tests:
         raise ValueError(f"{name} should be a mapping of tests by name")
     for test in wanted or ():
@@ -195,6 +193,11 @@ def read_tests(text: str, name: str, wanted: Sequence[str] | None) -> dict[str, 
             raise ValueError(f"tests: {name} has no test '{test}'.{hint}")
     names = tests if wanted is None else wanted
     return {test: Concepts(*(_examples(tests[test], role, f"{name}: {test}") for role in ROLES)) for test in names}
+
+
+def open_tests(root: Path, path: str, member: str | None, wanted: Sequence[str] | None) -> dict[str, Concepts]:
+    """The tests of a file below `root`, or of a member of an archive, as `read_tests` reads them."""
+    return read_tests(read_text(root, path, member), described(path, member), wanted)
 
 
 def _examples(test: object, role: str, name: str) -> tuple[str, ...]:
@@ -276,8 +279,7 @@ class WordAssociation(Eval):
         return "mean_absolute_effect", "share_significant", *own
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        name = self.path if self.member is None else f"{self.path}:{self.member}"
-        return partial(self._run, read_tests(read_text(data.root, self.path, self.member), name, self.tests))
+        return partial(self._run, open_tests(data.root, self.path, self.member, self.tests))
 
     def _run(self, tests: Mapping[str, Concepts], encoder: Encoder) -> Report:
         found = run_tests(tests, self.permutations, partial(encoder.encode, "text"), self.template)

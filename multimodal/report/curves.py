@@ -73,7 +73,7 @@ class Curves:
 
 def curves(runs: Sequence[Run]) -> Curves:
     """Every metric that at least one run has logged, over steps; over samples where runs have other batch sizes."""
-    sizes = {run.config.get("global_batch_size") for run in runs if run.rows}
+    sizes = {repr(run.config.get("global_batch_size")) for run in runs if run.rows}
     axis = "steps" if len(sizes) < 2 else "samples"
     keys = list(dict.fromkeys(key for run in runs for row in run.rows for key in row if "/" in key))
     most = max(20, min(MOST_POINTS, ALL_POINTS // max(1, len(keys) * len(runs))))

@@ -3,22 +3,20 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from multimodal import checkpoint
+from multimodal.files import from_json, from_yaml
 from multimodal.resolve import did_you_mean
+from multimodal.results import EVALUATIONS, FIGURES, TRAINING_CURVES
+from multimodal.results import FILE as RESULTS
 from multimodal.run_folder import CONFIG
 from multimodal.tracker import METRICS, SUMMARY, Row
 
-EVALUATIONS, RESULTS, FIGURES = "evaluations", "results.json", "figures"
-TRAINING_CURVES = "curves"
-"""A figure of every trained run; a report draws the curves of all runs itself."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Of batch norms: they stand among the weights, and are no parameters."""
 STEP = re.compile(r"step-(\d+)")
@@ -150,8 +148,9 @@ def _text(path: Path, notes: list[str]) -> str:
 
 def _config(text: str, notes: list[str]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(text) or {}
-    except yaml.YAMLError:
+        config = from_yaml(text, CONFIG) or {}
+        json.dumps(config, default=str)  # what cannot be told, such as a number of 5,000 digits, cannot be shown
+    except (ValueError, TypeError, RecursionError):
         config = None
     if not isinstance(config, dict):
         notes.append(f"{CONFIG} is not a mapping in YAML")
@@ -161,7 +160,7 @@ def _config(text: str, notes: list[str]) -> dict[str, Any]:
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(_text(path, notes) or "{}")
+        value = from_json(_text(path, notes) or "{}", path.name)
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -172,14 +171,12 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _rows(text: str, notes: list[str]) -> Iterator[Row]:
     lost = 0
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            continue  # it is being written
+    for line in text.split("\n")[:-1]:  # behind the last end of a line is one that is being written
         try:
-            row = json.loads(line)
+            row = from_json(line, METRICS)
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and number(row["step"]) is not None:
             yield row
         else:
             lost += 1
@@ -223,21 +220,14 @@ def number(value: Any) -> float | None:
 
 
 def _parameters(folder: Path) -> int | None:
-    """Numbers in the weights of the newest checkpoint, from the header of the file."""
-    for path in sorted(folder.glob("checkpoints/step-*/model.safetensors"), reverse=True):
+    """Numbers in the weights of the newest checkpoint that is whole, of which none is read."""
+    for step in reversed(checkpoint.steps(folder)):
         try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, 10**8)))
-            shapes = [entry["shape"] for key, entry in header.items() if _is_parameter(key)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+            shapes = checkpoint.stored_shapes(checkpoint.step_folder(folder, step))
+        except (OSError, ValueError):
             continue
-        return sum(map(math.prod, shapes))
+        return sum(math.prod(shape) for name, shape in shapes.items() if not name.endswith(BUFFERS))
     return None
-
-
-def _is_parameter(name: str) -> bool:
-    return name != "__metadata__" and not name.endswith(BUFFERS)
 
 
 def _pictures(folder: Path, run: Run) -> Iterator[Picture]:
@@ -254,7 +244,7 @@ def _pictures(folder: Path, run: Run) -> Iterator[Picture]:
             prefix = max((known for known in prefixes if path.stem.startswith(known)), key=len, default="")
             evaluation, figure = prefixes.get(prefix, ""), path.stem.removeprefix(prefix)
             if evaluation == "" and figure == TRAINING_CURVES:
-                continue
+                continue  # a report draws the curves of all runs itself
             taken = last.get(evaluation) if step is None else step
             before = newest.get((evaluation, figure))
             if before is None or before.step is None or (taken is not None and taken >= before.step):

@@ -65,7 +65,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 def status(run: Run) -> str:
     """Running, finished, stopped or failed, as the run said last."""
     told = run.summary.get("status")
-    return str(told) if told else "evaluated only" if not run.rows and not run.config else NONE
+    return told if isinstance(told, str) and told else "evaluated only" if not run.rows and not run.config else NONE
 
 
 def speed(run: Run) -> float | None:
@@ -130,7 +130,7 @@ def _differing(path: str, values: list[Any], counted: list[bool]) -> Iterator[tu
     if not all(isinstance(value, Mapping) for value in known):
         yield path, values
         return
-    targets = {value.get(TARGET) for value in known}
+    targets = {repr(value.get(TARGET)) for value in known}
     if len(targets) > 1:
         yield path, values
     for key in dict.fromkeys(key for value in known for key in value if key != TARGET):

@@ -94,7 +94,7 @@ def encoded(picture: Picture, run: int) -> Shown:
 
 def _webp(path: Path, wanted: bool) -> tuple[tuple[int, int], bytes | None]:
     """Width and height, and the figure anew, if it is wanted."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -103,7 +103,7 @@ def _webp(path: Path, wanted: bool) -> tuple[tuple[int, int], bytes | None]:
                 return image.size, None
             white = Image.new("RGBA", image.size, "white")
             opaque = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except Exception as error:  # decoders raise SyntaxError, struct.error, DecompressionBombError and more
         raise ValueError(str(error)) from error
     opaque.thumbnail((WIDEST, 4 * WIDEST))
     buffer = io.BytesIO()
