@@ -209,7 +209,7 @@ def test_chance_is_the_mean_over_all_orders(num_positive):
 def test_a_part_of_the_samples_is_drawn_from_all_of_them():
     labels = tuple((int(i >= 50),) for i in range(100))  # sorted by class
     run = build(labels=labels, max_samples=30)
-    places = run.args[0].places
+    places = run.args[0].images.places
     assert len(places) == 30 == len(set(places))
     assert min(places) < 50 < max(places)
     assert list(places) == sorted(places)

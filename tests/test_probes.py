@@ -17,10 +17,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from multimodal.data.arrays import Arrays
 from multimodal.data.shapes import Shapes
+from multimodal.evals.accuracy import accuracies
 from multimodal.evals.few_shot import FewShot, draw_shots
 from multimodal.evals.knn import KNN, nearest_neighbours, vote
 from multimodal.evals.linear_probe import COARSEST, LinearProbe, fit, search, split
-from multimodal.evals.probes import Examples, accuracies
+from multimodal.evals.probes import Examples
 from multimodal.parts import Dataset, Source, Sources
 
 KNOBS = {
@@ -84,7 +85,7 @@ def test_both_accuracies_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(rng.choice(5, 60, p=[0.5, 0.2, 0.2, 0.1, 0]))
     predicted = torch.where(torch.from_numpy(rng.random(60) < 0.6), labels, torch.zeros_like(labels))
-    found = accuracies(predicted, labels, {"top1": 0.2, "mean_per_class": 0.2})
+    found = accuracies({"top1": predicted == labels}, labels, {"top1": 0.2, "mean_per_class": 0.2})
     assert found["top1"].value == pytest.approx((predicted == labels).double().mean().item())
     assert found["mean_per_class"].value == pytest.approx(balanced_accuracy_score(labels, predicted))
     for estimate in found.values():

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from multimodal.batch import Sample
 from multimodal.data.arrays import Arrays
 from multimodal.data.shapes import Shapes
-from multimodal.evals.worst_group import WorstGroup, group_accuracies, guessing, worst_and_gap
+from multimodal.evals.accuracy import group_accuracies
+from multimodal.evals.worst_group import WorstGroup, guessing, worst_and_gap
 from multimodal.parts import Dataset, Source, Sources
 
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")

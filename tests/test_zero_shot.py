@@ -19,7 +19,6 @@ from multimodal.evals.zero_shot import (
     confusion_counts,
     in_order_of_names,
     label_ranks,
-    mean_per_class_recall,
     surest_failures,
     top_k_accuracy,
 )
@@ -148,13 +147,14 @@ def test_a_model_blind_to_the_image_scores_no_better_than_chance():
 def test_accuracy_counts_images_and_recall_counts_classes():
     logits, labels = torch.eye(4)[[0, 0, 0, 0, 2, 0]], torch.tensor([0, 0, 0, 0, 2, 2])
     assert top_k_accuracy(logits, labels, 1) == pytest.approx(5 / 6)
-    assert mean_per_class_recall(logits, labels) == pytest.approx((1 + 0.5) / 2)  # classes 1 and 3 do not occur
+    found = accuracies(logits, labels)["mean_per_class"].value  # classes 1 and 3 do not occur
+    assert found == pytest.approx((1 + 0.5) / 2)
 
 
 def test_mean_per_class_is_top_1_when_classes_are_balanced():
     logits = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(60) % 6
-    assert mean_per_class_recall(logits, labels) == pytest.approx(top_k_accuracy(logits, labels, 1))
+    assert accuracies(logits, labels)["mean_per_class"].value == pytest.approx(top_k_accuracy(logits, labels, 1))
 
 
 def test_the_confusion_matrix_counts_every_image_once_and_agrees_with_top_1():
@@ -265,12 +265,12 @@ def test_names_and_prompts_come_from_files_from_open_clip_or_from_the_dataset(tm
     assert (stored["templates"], stored["class_names"]) == ("templates.txt", "classnames.txt")
     run = part.build(Sources(tmp_path))
     assert values(run(WordEncoder()))["top1"] == 1
-    assert run.args[2:] == (("cat", "dog", "owl"), TEMPLATES)
+    assert run.args[0][1:] == (("cat", "dog", "owl"), TEMPLATES)
     run = evaluation("imagenet", "imagenet", labels=tuple(range(1000))).build(Sources(tmp_path))
-    assert run.args[2] == tuple(open_clip.IMAGENET_CLASSNAMES)
-    assert run.args[3] == tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+    assert run.args[0].class_names == tuple(open_clip.IMAGENET_CLASSNAMES)
+    assert run.args[0].templates == tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
     run = evaluation("imagenet_simple").build(Sources(tmp_path))
-    assert run.args[3] == tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
+    assert run.args[0].templates == tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
 
 
 def test_a_file_of_prompts_is_refused_by_its_line(tmp_path):

@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from multimodal.data.prompts import IMAGENET, NamedClasses, NamedTemplates, named_classes, named_templates
-from multimodal.parts import Source
+from multimodal.data.views import Inputs
+from multimodal.parts import Dataset, Source, Sources
 
 
 def class_names_of(source: Source, given: NamedClasses | None, root: Path) -> tuple[str, ...]:
@@ -31,6 +33,28 @@ def class_names_of(source: Source, given: NamedClasses | None, root: Path) -> tu
 def templates_of(source: Source, given: NamedTemplates | None, root: Path) -> tuple[str, ...]:
     """The `given` templates, below `root` if they are in a file, or the dataset's own; ValueError if there are none."""
     return named_templates(given, root, source.templates)
+
+
+class Named(NamedTuple):
+    """Images, and what classes are told by."""
+
+    images: Inputs
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def open_named(
+    data: Sources,
+    dataset: Dataset,
+    class_names: NamedClasses | None,
+    templates: NamedTemplates | None,
+    max_samples: int | None = None,
+) -> Named:
+    """All images of a dataset, or so many drawn at random, with names and templates given or the dataset's own."""
+    source = data.open(dataset)
+    names = class_names_of(source, class_names, data.root)
+    prompts = templates_of(source, templates, data.root)
+    return Named(Inputs(source, "image", drawn_places(len(source), max_samples)), names, prompts)
 
 
 def require_images(labels: Tensor, names: Sequence[str]) -> None:

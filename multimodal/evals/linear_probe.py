@@ -16,7 +16,8 @@ from torch import Tensor
 
 from multimodal import distributed
 from multimodal.evals import figures
-from multimodal.evals.probes import Examples, Probe, accuracies
+from multimodal.evals.accuracy import accuracies
+from multimodal.evals.probes import Examples, Probe
 from multimodal.evals.zero_shot import confusion_counts
 from multimodal.parts import Report
 
@@ -150,7 +151,7 @@ class LinearProbe(Probe):
         c, predicted = distributed.on_first_rank(partial(self._fit, examples))
         chance = {"top1": examples.chance, "mean_per_class": examples.chance_per_class}
         return Report(
-            {**accuracies(predicted, examples.labels, chance), "c": c},
+            {**accuracies({"top1": predicted == examples.labels}, examples.labels, chance), "c": c},
             {"confusion_matrix": partial(_confusion, predicted, examples)},
         )
 

@@ -9,9 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
-from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.evals.classes import class_names_of, drawn_places, templates_of
+from multimodal.evals.classes import Named, open_named
 from multimodal.evals.intervals import bootstrap
 from multimodal.evals.zero_shot import zero_shot_classifier
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
@@ -111,16 +110,12 @@ class MultiLabel(Eval):
         return ("map",)
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names, data.root)
-        templates = templates_of(source, self.templates, data.root)
-        places = drawn_places(len(source), self.max_samples)
-        positive = _positive(source, places, len(class_names))
-        return partial(self._run, Inputs(source, "image", places), positive, class_names, templates)
+        named = open_named(data, self.dataset, self.class_names, self.templates, self.max_samples)
+        positive = _positive(named.images.source, named.images.places, len(named.class_names))
+        return partial(self._run, named, positive)
 
-    def _run(
-        self, images: Inputs, positive: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
-    ) -> Report:
+    def _run(self, named: Named, positive: Tensor, encoder: Encoder) -> Report:
+        images, class_names, templates = named
         classifier = zero_shot_classifier(encoder, class_names, templates)
         scores = encoder.encode("image", images) @ classifier.T
         by_class = average_precisions(scores, positive)

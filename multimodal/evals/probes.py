@@ -1,7 +1,7 @@
 """What probes share: they learn classes from image features of one data set, and are tested on another."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -12,33 +12,7 @@ from torch import Tensor
 
 from multimodal.data.views import Inputs
 from multimodal.evals.classes import drawn_places, labels_of
-from multimodal.evals.intervals import bootstrap, means
-from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
-
-# --- metrics --------------------------------------------------------------------------------------------------------
-
-
-def accuracies(
-    predicted: Tensor,  # int64 [n]
-    labels: Tensor,  # int64 [n]
-    chance: Mapping[str, float],  # of both
-) -> dict[str, float | Estimate]:
-    """`top1`, and `mean_per_class`, its average over the classes that occur; each with an interval over images."""
-    hits = (predicted == labels).double()
-    members = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.float64)
-    members[torch.arange(len(labels)), labels] = 1
-    members = members[:, members.any(dim=0)]
-    right = members * hits[:, None]
-    low, high = bootstrap(lambda drawn: (drawn @ right / (drawn @ members)).nanmean(1), len(hits))
-    by_class = right.sum(dim=0) / members.sum(dim=0)
-    ends = {"low": low.item(), "high": high.item()}
-    return {
-        **means({"top1": hits}, chance),
-        "mean_per_class": Estimate(by_class.mean().item(), **ends, chance=chance["mean_per_class"], count=len(hits)),
-    }
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
+from multimodal.parts import Dataset, Encoder, Eval, Report, Source, Sources
 
 
 @dataclass(frozen=True)

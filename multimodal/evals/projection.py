@@ -11,9 +11,8 @@ from pydantic import Field, Strict
 from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
-from multimodal.data.views import Inputs
 from multimodal.evals import weat_figures
-from multimodal.evals.classes import class_names_of, labels_of, templates_of
+from multimodal.evals.classes import Named, labels_of, open_named
 from multimodal.evals.intervals import means
 from multimodal.evals.weat import Concepts, Template, Tests, in_template, open_tests, run_tests, summary
 from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
@@ -71,16 +70,6 @@ def removed_share(
 Pair = Annotated[tuple[str, str], Strict(False)]
 
 
-class _Opened(NamedTuple):
-    """What the run needs."""
-
-    tests: Mapping[str, Concepts]
-    images: Inputs
-    labels: Tensor
-    class_names: Sequence[str]
-    templates: Sequence[str]
-
-
 class Projection(Eval):
     """Remove the subspace of pairs of texts from texts and images: associations before and after, and accuracy beside.
 
@@ -131,20 +120,18 @@ class Projection(Eval):
             if not first.strip() or not second.strip() or first == second:
                 raise ValueError(f"pairs: ['{first}', '{second}'] should be two different texts, none of them empty")
         tests = open_tests(data.root, self.path, self.member, self.tests)
-        source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names, data.root)
-        templates = templates_of(source, self.templates, data.root)
-        labels = labels_of(source, range(len(source)), len(class_names))
-        return partial(self._run, _Opened(tests, Inputs(source, "image"), labels, class_names, templates))
+        named = open_named(data, self.dataset, self.class_names, self.templates)
+        labels = labels_of(named.images.source, named.images.places, len(named.class_names))
+        return partial(self._run, tests, named, labels)
 
-    def _run(self, opened: _Opened, encoder: Encoder) -> Report:
+    def _run(self, tests: Mapping[str, Concepts], named: Named, labels: Tensor, encoder: Encoder) -> Report:
         texts = partial(encoder.encode, "text")
         first, second = (texts([in_template(self.template, pair[side]) for pair in self.pairs]) for side in (0, 1))
         if not (first.isfinite().all() and second.isfinite().all()):
             return Report(dict.fromkeys(self.metrics, math.nan))
         subspace = bias_subspace(first, second, self.components)
-        prompts = prompt_features(encoder, opened.class_names, opened.templates).flatten(0, 1)  # [K x T, D]
-        images = encoder.encode("image", opened.images)
+        prompts = prompt_features(encoder, named.class_names, named.templates).flatten(0, 1)  # [K x T, D]
+        images = encoder.encode("image", named.images)
 
         metrics: dict[str, float | Estimate] = {}
         hits, effects = {}, []
@@ -153,15 +140,15 @@ class Projection(Eval):
             "_projected": partial(project_out, basis=subspace.basis),
         }
         for after, change in changes.items():
-            found = run_tests(opened.tests, self.permutations, partial(_changed, change, texts), self.template)
+            found = run_tests(tests, self.permutations, partial(_changed, change, texts), self.template)
             effects.append({test: one.effect for test, one in found.items()})
             metrics |= {f"{name}{after}": value for name, value in summary(found).items()}
             for test, one in found.items():
                 metrics |= {f"{test}_effect{after}": one.effect, f"{test}_p{after}": one.p}
-            classifier = class_embeddings(change(prompts).view(len(opened.class_names), len(opened.templates), -1))
-            hits[f"top1{after}"] = (label_ranks(change(images) @ classifier.T, opened.labels) == 1).double()
+            classifier = class_embeddings(change(prompts).view(len(named.class_names), len(named.templates), -1))
+            hits[f"top1{after}"] = (label_ranks(change(images) @ classifier.T, labels) == 1).double()
         hits["top1_change"] = hits["top1_projected"] - hits["top1"]
-        chance = 1 / len(opened.class_names)
+        chance = 1 / len(named.class_names)
         metrics |= means(hits, {"top1": chance, "top1_projected": chance})
         metrics |= {
             "explained": Estimate(subspace.explained, count=len(self.pairs)),

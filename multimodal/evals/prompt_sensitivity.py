@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
-from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.evals.classes import class_names_of, drawn_places, labels_of, templates_of
+from multimodal.evals.classes import Named, labels_of, open_named
 from multimodal.evals.intervals import bootstrap, means
 from multimodal.evals.zero_shot import class_embeddings, label_ranks, prompt_features
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
@@ -88,18 +87,14 @@ class PromptSensitivity(Eval):
         return "mean", "std", "best", "worst", "ensemble"
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names, data.root)
-        templates = templates_of(source, self.templates, data.root)
-        if len(templates) < 2:
-            raise ValueError(f"there is only the template '{templates[0]}': set templates, at least two")
-        places = drawn_places(len(source), self.max_samples)
-        labels = labels_of(source, places, len(class_names))
-        return partial(self._run, Inputs(source, "image", places), labels, class_names, templates)
+        named = open_named(data, self.dataset, self.class_names, self.templates, self.max_samples)
+        if len(named.templates) < 2:
+            raise ValueError(f"there is only the template '{named.templates[0]}': set templates, at least two")
+        labels = labels_of(named.images.source, named.images.places, len(named.class_names))
+        return partial(self._run, named, labels)
 
-    def _run(
-        self, images: Inputs, labels: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
-    ) -> Report:
+    def _run(self, named: Named, labels: Tensor, encoder: Encoder) -> Report:
+        images, class_names, templates = named
         text_features = prompt_features(encoder, class_names, templates)  # [K, T, D]
         features = encoder.encode("image", images)
         predicted = torch.stack([alone_first(features @ one.T) for one in text_features.unbind(dim=1)], dim=1)
@@ -112,9 +107,9 @@ class PromptSensitivity(Eval):
         metrics: dict[str, float | Estimate] = {
             name: Estimate(value, lower, upper, by_chance, len(single)) for name, value, lower, upper, by_chance in rows
         }
-        named = alone_first(features @ class_embeddings(text_features).T)
-        by_chance = guessed(named[:, None], labels).item()
-        metrics.update(means({"ensemble": named == labels}, {"ensemble": by_chance}))
+        ensemble = alone_first(features @ class_embeddings(text_features).T)
+        by_chance = guessed(ensemble[:, None], labels).item()
+        metrics.update(means({"ensemble": ensemble == labels}, {"ensemble": by_chance}))
         return Report(metrics, {"templates": partial(_by_template, accuracies, templates, by_chance)})
 
 

@@ -9,9 +9,8 @@ from pydantic import AfterValidator, Field, Strict
 from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
-from multimodal.data.views import Inputs
 from multimodal.evals import figures
-from multimodal.evals.classes import class_names_of, drawn_places, labels_of, templates_of
+from multimodal.evals.classes import Named, labels_of, open_named
 from multimodal.evals.corruptions import Corrupted
 from multimodal.evals.intervals import bootstrap, means
 from multimodal.evals.zero_shot import label_ranks, zero_shot_classifier
@@ -75,16 +74,12 @@ class Robustness(Eval):
         return "clean", "mean", "relative", *self.corruptions
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        source = data.open(self.dataset)
-        class_names = class_names_of(source, self.class_names, data.root)
-        templates = templates_of(source, self.templates, data.root)
-        places = drawn_places(len(source), self.max_samples)
-        labels = labels_of(source, places, len(class_names))
-        return partial(self._run, Inputs(source, "image", places), labels, class_names, templates)
+        named = open_named(data, self.dataset, self.class_names, self.templates, self.max_samples)
+        labels = labels_of(named.images.source, named.images.places, len(named.class_names))
+        return partial(self._run, named, labels)
 
-    def _run(
-        self, images: Inputs, labels: Tensor, class_names: Sequence[str], templates: Sequence[str], encoder: Encoder
-    ) -> Report:
+    def _run(self, named: Named, labels: Tensor, encoder: Encoder) -> Report:
+        images, class_names, templates = named
         classifier = zero_shot_classifier(encoder, class_names, templates)
 
         def hits(inputs: Sequence[object]) -> Tensor:

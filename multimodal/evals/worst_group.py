@@ -13,6 +13,7 @@ from torch import Tensor
 from multimodal.data.prompts import NamedTemplates
 from multimodal.data.views import Inputs
 from multimodal.evals import worst_group_figures
+from multimodal.evals.accuracy import group_accuracies
 from multimodal.evals.attributes import ClassAndGroupPattern, read_attribute
 from multimodal.evals.classes import class_names_of, labels_of, templates_of
 from multimodal.evals.intervals import bootstrap
@@ -20,19 +21,6 @@ from multimodal.evals.zero_shot import label_ranks, zero_shot_classifier
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Source, Sources
 
 # --- metrics --------------------------------------------------------------------------------------------------------
-
-
-def group_accuracies(
-    hits: Tensor,  # [n] 1 where right
-    groups: Tensor,  # int64 [n]
-    counts: Tensor | None = None,  # [R, n] how often each image is there; once each if not given
-) -> Tensor:  # float64 [R, G] NaN for a group without images
-    """The accuracy in each group, in R samples of the images."""
-    counts = torch.ones(1, len(hits), dtype=torch.float64) if counts is None else counts.double()
-    num_groups = int(groups.max()) + 1
-    right = torch.zeros(len(counts), num_groups, dtype=torch.float64).index_add(1, groups, counts * hits.double())
-    sizes = torch.zeros(len(counts), num_groups, dtype=torch.float64).index_add(1, groups, counts)
-    return right / sizes
 
 
 def worst_and_gap(

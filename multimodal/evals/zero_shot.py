@@ -11,9 +11,9 @@ from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
 from multimodal.data.views import Inputs
-from multimodal.evals import figures, zero_shot_figures
-from multimodal.evals.classes import class_names_of, labels_of, require_images, templates_of
-from multimodal.evals.intervals import bootstrap, means
+from multimodal.evals import accuracy, figures, zero_shot_figures
+from multimodal.evals.classes import Named, labels_of, open_named, require_images
+from multimodal.evals.intervals import bootstrap
 from multimodal.parts import Dataset, Encoder, Estimate, Eval, Report, Sources
 
 if TYPE_CHECKING:
@@ -59,16 +59,6 @@ def top_k_accuracy(
     return (label_ranks(logits, labels) <= k).double().mean().item()
 
 
-def mean_per_class_recall(
-    logits: Tensor,  # [n, K]
-    labels: Tensor,  # int64 [n]
-) -> float:
-    """Top-1 accuracy averaged over classes, not images; equals it when classes are balanced. Absent classes are out."""
-    hits = (label_ranks(logits, labels) == 1).double()
-    found, present = torch.bincount(labels, hits), torch.bincount(labels)
-    return (found[present > 0] / present[present > 0]).mean().item()
-
-
 def calibration_error(
     logits: Tensor,  # [n, K]
     labels: Tensor,  # int64 [n]
@@ -99,19 +89,8 @@ def accuracies(
     """`top1`, `top5` and `mean_per_class` with intervals and what guessing gives."""
     ranks, num_classes = label_ranks(logits, labels), logits.shape[1]
     chance = {f"top{k}": min(1.0, k / num_classes) for k in (1, 5)}
-    hits = (ranks == 1).double()
-
-    def mean_per_class(drawn: Tensor) -> Tensor:
-        empty = torch.zeros(len(drawn), num_classes, dtype=torch.float64)
-        found, present = (empty.index_add(1, labels, weights) for weights in (drawn * hits, drawn))
-        return (found / present).nanmean(dim=1)  # a class that is not drawn is out
-
-    low, high = bootstrap(mean_per_class, len(labels))
-    value = mean_per_class_recall(logits, labels)
-    return {
-        **means({f"top{k}": ranks <= k for k in (1, 5)}, chance),
-        "mean_per_class": Estimate(value, low.item(), high.item(), chance["top1"], len(labels)),
-    }
+    hits = {f"top{k}": ranks <= k for k in (1, 5)}
+    return accuracy.accuracies(hits, labels, {**chance, "mean_per_class": chance["top1"]})
 
 
 def in_order_of_names(
@@ -208,17 +187,14 @@ class ZeroShot(Eval):
         return "top1", "top5", "mean_per_class", "ece", "chance"
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        source = data.open(self.dataset)
-        names = class_names_of(source, self.class_names, data.root)
-        templates = templates_of(source, self.templates, data.root)
-        labels = labels_of(source, range(len(source)), len(names))
+        named = open_named(data, self.dataset, self.class_names, self.templates)
+        labels = labels_of(named.images.source, named.images.places, len(named.class_names))
         if not self.allow_empty_classes:
-            require_images(labels, names)
-        return partial(self._run, Inputs(source, "image"), labels, names, templates)
+            require_images(labels, named.class_names)
+        return partial(self._run, named, labels)
 
-    def _run(
-        self, images: Inputs, labels: Tensor, names: Sequence[str], templates: Sequence[str], encoder: Encoder
-    ) -> Report:
+    def _run(self, named: Named, labels: Tensor, encoder: Encoder) -> Report:
+        images, names, templates = named
         cosines = encoder.encode("image", images) @ zero_shot_classifier(encoder, names, templates).T
         cosines = in_order_of_names(cosines, names)
         metrics: dict[str, float | Estimate] = {
