@@ -91,11 +91,18 @@ def tiny_config(tiny_raw: dict[str, Any], tmp_path: Path) -> TinyConfig:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of that configuration that has ended."""
+def tiny_trainer(tmp_path_factory: pytest.TempPathFactory) -> trainer.Trainer:
+    """The end of a run of that configuration; nothing may be changed in it or in its folder."""
     config = check(composed(*TINY, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
-    trainer.Trainer(config).run()
-    return config.folder
+    ended = trainer.Trainer(config)
+    ended.run()
+    return ended
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_trainer: trainer.Trainer) -> Path:
+    """Its folder."""
+    return tiny_trainer.config.folder
 
 
 @pytest.fixture

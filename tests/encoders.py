@@ -7,10 +7,15 @@ import torch
 import torch.nn.functional as F
 
 
+def unit(*shape, seed=0, shift=0.0):
+    """Rows of unit norm at random, float64; `shift` is added to all of them before."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64) + shift, dim=-1)
+
+
 def direction(word, dim=64):
     """A fixed direction for a string."""
-    generator = torch.Generator().manual_seed(int.from_bytes(sha256(word.encode()).digest()[:4], "big"))
-    return F.normalize(torch.randn(dim, generator=generator), dim=0)
+    return unit(dim, seed=int.from_bytes(sha256(word.encode()).digest()[:4], "big")).float()
 
 
 class PixelEncoder:

@@ -8,13 +8,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY, composed
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
 import multimodal
 from multimodal import checkpoint
-from multimodal.config import TrainConfig, check
 from multimodal.data.files import open_image
 from multimodal.data.views import Inputs
 from multimodal.encoder import Encoder
@@ -25,16 +23,8 @@ TEXTS = ["a red circle", "a blue square on a table", "two green stars"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    config = check(composed(*TINY, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
-    trainer = Trainer(config)
-    trainer.run()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def model(trained: Trainer) -> multimodal.ImageTextModel:
-    return multimodal.load(trained.config.folder, device="cpu")
+def model(tiny_run: Path) -> multimodal.ImageTextModel:
+    return multimodal.load(tiny_run, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +33,17 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(5)]
 
 
-def test_a_loaded_model_is_the_trained_one(trained: Trainer, model: multimodal.ImageTextModel) -> None:
-    encoder = Encoder(trained.model, trained.assembled.readers, trained.assembled.context)
-    images = Inputs(trained.source, "image", 7)
+def test_a_loaded_model_is_the_trained_one(tiny_trainer: Trainer, model: multimodal.ImageTextModel) -> None:
+    encoder = Encoder(tiny_trainer.model, tiny_trainer.assembled.readers, tiny_trainer.assembled.context)
+    images = Inputs(tiny_trainer.source, "image", 7)
     assert torch.equal(model.encode_image(list(images)), encoder.encode("image", images))
     assert torch.equal(model.encode_text(TEXTS), encoder.encode("text", TEXTS))
     assert model.embed_dim == 16
-    assert model.logit_scale == pytest.approx(trained.model.logit_scale.exp().item())
+    assert model.logit_scale == pytest.approx(tiny_trainer.model.logit_scale.exp().item())
 
 
-def test_a_checkpoint_folder_and_a_step_are_the_run(trained: Trainer, model: multimodal.ImageTextModel) -> None:
-    run = trained.config.folder
-    for other in (multimodal.load(checkpoint.find(run)), multimodal.load(str(run), checkpoint=8)):
+def test_a_checkpoint_folder_and_a_step_are_the_run(tiny_run: Path, model: multimodal.ImageTextModel) -> None:
+    for other in (multimodal.load(checkpoint.find(tiny_run)), multimodal.load(str(tiny_run), checkpoint=8)):
         assert torch.equal(other.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
@@ -77,9 +66,9 @@ def test_an_image_is_the_same_as_picture_path_and_pixels(
 
 
 def test_the_size_of_batches_changes_nothing(
-    trained: Trainer, model: multimodal.ImageTextModel, pictures: list[Image.Image]
+    tiny_run: Path, model: multimodal.ImageTextModel, pictures: list[Image.Image]
 ) -> None:
-    small = multimodal.load(trained.config.folder, batch_size=2)
+    small = multimodal.load(tiny_run, batch_size=2)
     torch.testing.assert_close(small.encode_image(pictures), model.encode_image(pictures), rtol=0, atol=1e-6)
     torch.testing.assert_close(small.encode_text(TEXTS), model.encode_text(TEXTS), rtol=0, atol=1e-6)
     assert model.encode_text([]).shape == (0, 16)
@@ -149,9 +138,9 @@ def test_what_cannot_be_is_told(model: multimodal.ImageTextModel, call: Any, err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused_by_all(trained: Trainer) -> None:
+def test_a_device_that_is_not_there_is_refused_by_all(tiny_run: Path) -> None:
     for opened in (
-        lambda: multimodal.load(trained.config.folder, device="cuda"),
+        lambda: multimodal.load(tiny_run, device="cuda"),
         lambda: multimodal.open_clip("ViT-S-32-alt", device="cuda"),
     ):
         with pytest.raises(ValueError, match="device: torch sees no GPU here"):
@@ -214,11 +203,11 @@ def test_images_of_other_modes_are_read_as_what_they_show(model: multimodal.Imag
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_is_cut_off_is_told_by_its_number(
-    trained: Trainer, pictures: list[Image.Image], workers: int, tmp_path: Path
+    tiny_run: Path, pictures: list[Image.Image], workers: int, tmp_path: Path
 ) -> None:
     pictures[0].save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
-    model = multimodal.load(trained.config.folder, device="cpu", workers=workers)
+    model = multimodal.load(tiny_run, device="cpu", workers=workers)
     for images, message in (
         ([pictures[0], Image.open(tmp_path / "cut.jpg")], "^image 1: .*truncated"),
         ([tmp_path / "whole.jpg", tmp_path / "cut.jpg"], r"^.*cut\.jpg: .*truncated"),
@@ -227,16 +216,16 @@ def test_a_picture_that_is_cut_off_is_told_by_its_number(
             model.encode_image(images)
 
 
-def test_files_that_pillow_has_opened_may_be_read_by_workers_again_and_again(trained: Trainer, tmp_path: Path) -> None:
+def test_files_that_pillow_has_opened_may_be_read_by_workers_again_and_again(tiny_run: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(3)
     for place in range(4):  # larger than what is buffered of a file
         Image.fromarray(noise.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / f"{place}.png")
     files = [tmp_path / f"{place}.png" for place in range(4)]
-    parallel = multimodal.load(trained.config.folder, device="cpu", workers=2, batch_size=2)
+    parallel = multimodal.load(tiny_run, device="cpu", workers=2, batch_size=2)
     opened = [Image.open(file) for file in files]
     for _ in range(2):
         assert torch.equal(parallel.encode_image(opened), parallel.encode_image(files))
-    alone = multimodal.load(trained.config.folder, device="cpu", batch_size=2)
+    alone = multimodal.load(tiny_run, device="cpu", batch_size=2)
     assert torch.equal(alone.encode_image(opened), parallel.encode_image(files))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import SameEncoder, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,11 +41,6 @@ from multimodal.evals.space import (
 from multimodal.parts import Dataset, Source, Sources
 
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
-
-
-def unit(*shape, seed=0, shift=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64) + shift, dim=-1)
 
 
 class Colours(Source):
@@ -91,13 +87,6 @@ class ColourEncoder:
         features = torch.stack([unit(16, seed=int(text.split()[0])) for text in inputs]) + 0.3 * noise
         features[:, 0] += self.apart
         return F.normalize(features, dim=1).float()
-
-
-class SameEncoder:
-    logit_scale = 100.0
-
-    def encode(self, tower, inputs):
-        return unit(16).float().expand(len(inputs), -1)
 
 
 def evaluation(max_samples=None, k=3, **data):

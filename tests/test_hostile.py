@@ -30,18 +30,10 @@ from multimodal.trainer import Trainer
 Damage = Callable[[Path], None]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of ours."""
-    config = check(composed(*TINY, f"paths.runs={tmp_path_factory.mktemp('runs')}"), TrainConfig)
-    Trainer(config).run()
-    return config.folder
-
-
 @pytest.fixture
-def stranger(sound: Path, tmp_path: Path) -> Path:
+def stranger(tiny_run: Path, tmp_path: Path) -> Path:
     """A sound checkpoint, to be damaged."""
-    return checkpoint.find(Path(shutil.copytree(sound, tmp_path / "tiny", symlinks=True)))
+    return checkpoint.find(Path(shutil.copytree(tiny_run, tmp_path / "tiny", symlinks=True)))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

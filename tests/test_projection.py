@@ -5,13 +5,13 @@ import math
 import os
 import pickle
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import SameEncoder, direction, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -31,11 +31,6 @@ PROFESSIONS = {
     "attr2": {"category": "Men", "examples": ["he", "man"]},
 }
 PAIRS = [("she", "he"), ("woman", "man")]
-
-
-def unit(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def orthonormal(rows, dim, seed=0):
@@ -82,18 +77,11 @@ class Gendered:
 
     def feature(self, text):
         word = text.rstrip(".").split()[-1]
-        feature = unit(16, seed=int.from_bytes(sha256(word.encode()).digest()[:4], "big")).float()
+        feature = direction(word, 16)
         if word in ("she", "he", "woman", "man"):  # she and he alike, but for gender and a little
             feature = 0.1 * feature + unit(16, seed=int(word in ("she", "he"))).float()
         feature[0] = 2.0 * GENDERED.get(word, 0)
         return F.normalize(feature, dim=0)
-
-
-class SameEncoder:
-    logit_scale = 1.0
-
-    def encode(self, tower, inputs):
-        return unit(16).float().expand(len(inputs), -1)
 
 
 def evaluation(pairs=PAIRS, components=1, tests=("professions",), dataset=None, class_names=None, **data):
@@ -238,8 +226,7 @@ class Guess:
     def encode(self, tower, inputs):
         if tower == "image":
             return unit(len(inputs), 16, seed=1).float()
-        seeds = [int.from_bytes(sha256(text.encode()).digest()[:4], "big") for text in inputs]
-        return torch.stack([unit(16, seed=seed).float() for seed in seeds])
+        return torch.stack([direction(text, 16) for text in inputs])
 
 
 @pytest.mark.skipif(not DATASETS, reason="needs the folder that MULTIMODAL_DATASETS names")

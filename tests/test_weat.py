@@ -6,13 +6,13 @@ import math
 import os
 import pickle
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import SameEncoder, direction, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -39,11 +39,6 @@ FLOWERS = {
     "attr1": {"category": "Pleasant", "examples": ["love", "peace"]},
     "attr2": {"category": "Unpleasant", "examples": ["filth", "agony"]},
 }
-
-
-def unit(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
 
 
 def naive(x, y, a, b):
@@ -75,16 +70,8 @@ class Words:
         return torch.stack([self.feature(text) for text in inputs]) if inputs else torch.zeros(0, 16)
 
     def feature(self, text):
-        seed = int.from_bytes(sha256(text.encode()).digest()[:4], "big")
         kind = [float(any(word in text for word in words)) for words in self.kinds]
-        return F.normalize(0.3 * unit(16, seed=seed, dtype=torch.float32) + torch.tensor([*kind, *[0.0] * 14]), dim=0)
-
-
-class SameEncoder:
-    logit_scale = 1.0
-
-    def encode(self, tower, inputs):
-        return unit(16, dtype=torch.float32).expand(len(inputs), -1)
+        return F.normalize(0.3 * direction(text, 16) + torch.tensor([*kind, *[0.0] * 14]), dim=0)
 
 
 def evaluation(path="tests.json", member=None, tests=None, template=None, permutations=99):

@@ -2,12 +2,12 @@
 
 import pickle
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import SameEncoder, direction
 from pydantic import ValidationError
 
 from multimodal.batch import Sample
@@ -56,11 +56,6 @@ class WordData(Dataset):
         return Words(self)
 
 
-def direction(word, dim=64):
-    generator = torch.Generator().manual_seed(int.from_bytes(sha256(word.encode()).digest()[:4], "big"))
-    return F.normalize(torch.randn(dim, generator=generator), dim=0)
-
-
 class WordEncoder:
     """A fixed direction for every string; an image is the mean of its word's prompts."""
 
@@ -71,15 +66,6 @@ class WordEncoder:
             return torch.stack([direction(text) for text in inputs])
         prompts = [[template.replace("{}", word) for template in TEMPLATES] for word in inputs]
         return torch.stack([F.normalize(sum(direction(prompt) for prompt in row), dim=0) for row in prompts])
-
-
-class SameEncoder:
-    """A collapsed model: one direction for everything."""
-
-    logit_scale = 100.0
-
-    def encode(self, tower, inputs):
-        return direction("anything").expand(len(inputs), -1)
 
 
 def evaluation(templates=TEMPLATES, class_names=None, **data):
