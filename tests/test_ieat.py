@@ -13,7 +13,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from multimodal.data.arrays import Arrays
-from multimodal.evals.ieat import ImageAssociation, Pictures
+from multimodal.data.pictures import Pictures
+from multimodal.evals.ieat import ImageAssociation
 from multimodal.evals.weat import association_test
 from multimodal.parts import BadSample, Sources
 
@@ -80,7 +81,7 @@ def test_it_is_the_arithmetic_of_weat(folders):
 
 
 def test_a_folder_and_a_data_set_of_its_images_are_the_same(folders):
-    written = {"_target_": "multimodal.evals.ieat.Pictures", "path": "apples"}
+    written = {"_target_": "multimodal.data.pictures.Pictures", "path": "apples"}
     assert evaluation(x=written) == evaluation()
     assert evaluation().target_x == Pictures(path="apples")
 

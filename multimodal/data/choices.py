@@ -26,11 +26,15 @@ class Choice(NamedTuple):
 class ChoiceSource(Source):
     """Images, each once, and the choices to be made about them."""
 
-    choices: Sequence[Choice]
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.choices = choices
+        self._right: dict[int, dict[str, None]] = {}
+        for choice in choices:
+            self._right.setdefault(choice.image, {})[choice.right] = None
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The right ones of an image."""
-        return tuple(dict.fromkeys(choice.right for choice in self.choices if choice.image == index))
+        """The right ones of an image, each once."""
+        return tuple(self._right.get(index, ()))
 
 
 class Choices(Dataset):
@@ -72,10 +76,12 @@ class FileChoices(ChoiceSource):
                 raise ValueError(f"{row.where}: '{row.image}' leads out of the folder of images, '{folder}'")
         check_images(path, folder, named)
         places: dict[tuple[str, Box | None], int] = {}
-        self.choices = [
-            Choice(places.setdefault((row.image, row.box), len(places)), row.right, row.wrong, row.category)
-            for row in rows
-        ]
+        super().__init__(
+            [
+                Choice(places.setdefault((row.image, row.box), len(places)), row.right, row.wrong, row.category)
+                for row in rows
+            ]
+        )
         self.name, self.folder, self.images = path.name, folder, list(places)
 
     def __len__(self) -> int:

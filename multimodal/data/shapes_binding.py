@@ -14,7 +14,7 @@ from pydantic import Field
 from multimodal.batch import Sample
 from multimodal.data.choices import Choice, Choices, ChoiceSource
 from multimodal.data.shapes import Shapes, kinds
-from multimodal.data.shapes_captions import OPPOSITES, Kind, Scene
+from multimodal.data.shapes_captions import OPPOSITES, Kind
 from multimodal.data.shapes_drawing import COLOURS, SHAPES, TEXTURES
 
 CATEGORIES = ("swap_attribute", "swap_object", "replace_attribute", "replace_object", "replace_relation")
@@ -28,13 +28,6 @@ Said = tuple[Kind, str, Kind]
 def say(said: Said) -> str:
     """ "a striped red circle left of a plain blue square"."""
     return f"a {said[0].name} {said[1]} a {said[2].name}"
-
-
-def is_true(said: Said, scene: Scene) -> bool:
-    """Whether a scene of two objects shows this."""
-    first, second = (thing.kind for thing in scene.things)
-    assert scene.relation is not None
-    return said in ((first, scene.relation, second), (second, OPPOSITES[scene.relation], first))
 
 
 def wrong_ones(right: Said, known: frozenset[Kind], rng: Random) -> dict[str, Said]:
@@ -107,7 +100,7 @@ class BindingSource(ChoiceSource):
             two_objects=1.0,
         ).build(Path())
         self.seed, known = knobs.seed, frozenset(kinds(knobs.held_out)[0])
-        self.choices = [choice for index in range(knobs.size) for choice in self._choices(index, known)]
+        super().__init__([choice for index in range(knobs.size) for choice in self._choices(index, known)])
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -2,48 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from multimodal.batch import Sample
-from multimodal.data.files import ImageFiles, open_image
+from multimodal.data.pictures import Pictures
 from multimodal.data.views import Inputs
 from multimodal.evals import weat_figures
 from multimodal.evals.weat import association_test
-from multimodal.parts import Dataset, Encoder, Eval, Report, Source, Sources
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-class Pictures(Dataset):
-    """All images below a folder, without captions or labels: for evaluations that ask the image tower alone."""
-
-    path: str
-    """The folder, or one image."""
-
-    def build(self, root: Path) -> "PictureSource":
-        return PictureSource(ImageFiles(root / self.path))
-
-
-class PictureSource(Source):
-    """The images by path, sorted."""
-
-    def __init__(self, files: ImageFiles) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.key(index), {"image": open_image(self.files[index], self.key(index))})
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return ()
-
-    def key(self, index: int) -> str:
-        return str(self.files[index])
+from multimodal.parts import Dataset, Encoder, Eval, Report, Sources
 
 
 def _pictures(value: Any) -> Any:
@@ -52,9 +19,6 @@ def _pictures(value: Any) -> Any:
 
 Concept = Annotated[Dataset, BeforeValidator(_pictures)]
 """Images of one kind: a data set, or the path of a folder."""
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 class _Images(NamedTuple):
