@@ -115,6 +115,9 @@ def test_ties_count_against_the_model():
 
 
 class TwoImages(ChoiceSource):
+    def __init__(self, choices):
+        self.choices = choices
+
     def __len__(self):
         return 2
 

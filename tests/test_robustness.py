@@ -182,6 +182,14 @@ def test_what_is_left_is_the_ratio_of_the_means():
     assert found.low < found.value < found.high
 
 
+def test_of_nothing_nothing_can_be_left():
+    nothing = relative(torch.zeros(4), torch.tensor([0.0, 1, 0, 0.5]))
+    assert [math.isnan(one) for one in (nothing.value, nothing.low, nothing.high)] == [True] * 3
+    rare = relative(torch.tensor([1.0, 0, 0]), torch.tensor([0.5, 0, 1]))  # samples without the first have no ratio
+    assert rare.value == 1.5
+    assert all(math.isfinite(end) for end in (rare.low, rare.high))
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

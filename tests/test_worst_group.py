@@ -198,6 +198,10 @@ def test_building_reads_no_image_and_its_result_travels_to_other_processes():
         ({"names": ("a on b", "a on c"), "labels": (0, 1)}, "there is one class only, 'a'"),
         ({"min_samples": 31}, "min_samples: 1 of 4 groups have 31 images or more; two are needed"),
         ({"labels": ()}, "dataset is empty"),
+        (
+            {"names": ("a on b/c", "d on b/c", "a on b_c", "d on b_c"), "by_class": False},
+            "groups: 'b/c' and 'b_c' would both be the metric top1_b_c",
+        ),
     ],
 )
 def test_what_has_no_groups_is_refused_before_the_run(knobs, message):

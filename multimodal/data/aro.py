@@ -16,8 +16,11 @@ from multimodal.files import from_json
 class Aro(Choices):
     """VG-Relation and VG-Attribution; each is a category.
 
-    Its accuracy is the share of all its choices. The authors report the mean over relations, without symmetric ones,
-    and over pairs of attributes that are there 25 times or more: their numbers are others.
+    Its accuracy is the share of all its choices that are right. The authors' is macro: the accuracy of each relation
+    (`relation_name`) by itself, averaged over relations, without those that their notebook lists as symmetric; and of
+    each pair of `attributes` that is there 25 times or more, averaged over pairs. There a rare relation counts as much
+    as "to the right of"; here each choice counts as one, and symmetric relations, of which both captions are true, pull
+    towards a half: the paper's numbers are others. Ties are wrong in both.
     """
 
     path: str

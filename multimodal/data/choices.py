@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +27,18 @@ class Choice(NamedTuple):
 class ChoiceSource(Source):
     """Images, each once, and the choices to be made about them."""
 
-    def __init__(self, choices: Sequence[Choice]) -> None:
-        self.choices = choices
-        self._right: dict[int, dict[str, None]] = {}
-        for choice in choices:
-            self._right.setdefault(choice.image, {})[choice.right] = None
+    choices: Sequence[Choice]
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The right ones of an image, each once."""
         return tuple(self._right.get(index, ()))
+
+    @cached_property
+    def _right(self) -> dict[int, dict[str, None]]:
+        found: dict[int, dict[str, None]] = {}
+        for choice in self.choices:
+            found.setdefault(choice.image, {})[choice.right] = None
+        return found
 
 
 class Choices(Dataset):
@@ -76,12 +80,10 @@ class FileChoices(ChoiceSource):
                 raise ValueError(f"{row.where}: '{row.image}' leads out of the folder of images, '{folder}'")
         check_images(path, folder, named)
         places: dict[tuple[str, Box | None], int] = {}
-        super().__init__(
-            [
-                Choice(places.setdefault((row.image, row.box), len(places)), row.right, row.wrong, row.category)
-                for row in rows
-            ]
-        )
+        self.choices = [
+            Choice(places.setdefault((row.image, row.box), len(places)), row.right, row.wrong, row.category)
+            for row in rows
+        ]
         self.name, self.folder, self.images = path.name, folder, list(places)
 
     def __len__(self) -> int:

@@ -100,7 +100,7 @@ class BindingSource(ChoiceSource):
             two_objects=1.0,
         ).build(Path())
         self.seed, known = knobs.seed, frozenset(kinds(knobs.held_out)[0])
-        super().__init__([choice for index in range(knobs.size) for choice in self._choices(index, known)])
+        self.choices = [choice for index in range(knobs.size) for choice in self._choices(index, known)]
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -32,11 +32,15 @@ def relative(
     clean: Tensor,  # [n] whether each image is right
     corrupted: Tensor,  # [n] how often each is right when it is made worse
 ) -> Estimate:
-    """What is left of the accuracy: a ratio of means, with its interval over images; NaN if nothing was right."""
+    """What is left of the accuracy: a ratio of means, with its interval over images.
+
+    NaN where no image was right as it is, whatever is right by luck when they are made worse; samples of the bootstrap
+    without a right one are left out.
+    """
     both = torch.stack([clean.double(), corrupted.double()], dim=1)
 
     def ratio(sums: Tensor) -> Tensor:
-        return sums[..., 1] / sums[..., 0]
+        return torch.where(sums[..., 0] > 0, sums[..., 1] / sums[..., 0], torch.nan)
 
     low, high = bootstrap(lambda drawn: ratio(drawn @ both), len(both))
     return Estimate(ratio(both.sum(dim=0)).item(), low.item(), high.item(), count=len(both))
@@ -48,8 +52,9 @@ def relative(
 class Robustness(Eval):
     """Zero-shot top-1 under corruptions of five severities.
 
-    Metrics: `clean`; `mean` over all corruptions and severities; `relative`, the latter by the former; and the top-1 of
-    each corruption, the mean over severities. Every severity of every corruption embeds all images anew.
+    Metrics: `clean`; `mean` over all corruptions and severities; `relative`, the latter by the former, which is no
+    number where `clean` is 0; and the top-1 of each corruption, the mean over severities. Every severity of every
+    corruption embeds all images anew.
     """
 
     dataset: Dataset

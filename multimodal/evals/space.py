@@ -33,10 +33,12 @@ def uniformity(
     y_ids: Tensor | None = None,  # int64 [m]; pairs of one id are left out
     tile: int = TILE,
 ) -> float:
-    """The logarithm of the mean Gaussian potential exp(-2 d^2) of pairs: 0 if all lie at one place, -4 at least.
+    """The logarithm of the mean Gaussian potential exp(-2 d^2) of pairs: 0 if all lie at one place.
 
-    Lower is more uniform. Pairs of the same id (captions of one image, an image and its own caption) are positives and
-    left out; with ids that all differ and no `y` it is that of Wang and Isola 2020.
+    Lower is more uniform. Many features that lie evenly on a sphere of many dimensions come near to -4, where each pair
+    is orthogonal. Lower are only pairs that point apart, which few can at once: -8 for two opposite places, and for two
+    modalities of which each is at one of them. Pairs of the same id (captions of one image, an image and its own
+    caption) are positives and left out; with ids that all differ and no `y` it is that of Wang and Isola 2020.
     """
     y, y_ids = (x, ids) if y is None or y_ids is None else (y, y_ids)
     total, count = 0.0, 0

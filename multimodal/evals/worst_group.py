@@ -68,8 +68,9 @@ class _Task(NamedTuple):
 class WorstGroup(Eval):
     """Zero-shot classification by group, such as the place in the picture: a good mean may hide a group that fails.
 
-    Metrics: `top1` of all images, `worst_group` (of the group that does worst), `gap` (`top1` less that), and the
-    accuracy in each group as `top1_<group>`. Chance is guessing, which has a worst group, too. Sagawa et al. 2020.
+    Metrics: `top1` of the images of all groups that are large enough, `worst_group` (of the group that does worst),
+    `gap` (`top1` less that), and the accuracy in each group as `top1_<group>`, with "_" for "/". Chance is guessing,
+    which has a worst group, too. Sagawa et al. 2020.
     """
 
     dataset: Dataset
@@ -105,6 +106,10 @@ class WorstGroup(Eval):
         inside = torch.isin(task.groups, kept)
         names = tuple(task.group_names[group] for group in kept.tolist())
         groups = torch.searchsorted(kept, task.groups[inside])
+        for name, others in _by_metric(names).items():
+            if len(others) > 1:
+                told = " and ".join(f"'{other}'" for other in others)
+                raise ValueError(f"groups: {told} would both be the metric {name}: name them in another way")
         templates = templates_of(source, self.templates, data.root)
         task = task._replace(group_names=names, groups=groups)
         return partial(self._run, Inputs(source, "image"), inside, task, templates)
@@ -134,6 +139,14 @@ class WorstGroup(Eval):
         return _report((ranks == 1).double()[inside], task, 1 / len(task.class_names))
 
 
+def _by_metric(group_names: Sequence[str]) -> dict[str, list[str]]:
+    """The groups that are reported as each metric; "/" divides keys."""
+    found: dict[str, list[str]] = {}
+    for name in group_names:
+        found.setdefault(f"top1_{name.replace('/', '_')}", []).append(name)
+    return found
+
+
 def _report(hits: Tensor, task: _Task, chance: float) -> Report:
     sizes = torch.bincount(task.groups, minlength=len(task.group_names))
     values = worst_and_gap(hits, task.groups)[0].tolist()
@@ -156,5 +169,5 @@ def _report(hits: Tensor, task: _Task, chance: float) -> Report:
             strict=True,
         )
     }
-    metrics |= {f"top1_{name.replace('/', '_')}": found for name, found in by_group.items()}  # "/" divides keys
+    metrics |= {name: by_group[group] for name, (group,) in _by_metric(task.group_names).items()}
     return Report(metrics, {"groups": partial(worst_group_figures.accuracies, by_group, values[0], chance)})

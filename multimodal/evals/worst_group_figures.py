@@ -28,7 +28,7 @@ def accuracies(by_group: Mapping[str, Estimate], overall: float, chance: float) 
     axes.set_yticks(range(len(shown)), [f"{wrap(name, 34, 1)} ({one.count})" for name, one in shown], parse_math=False)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("top-1 (%), 95% interval; line: all images, dashes: chance", fontsize=SMALL)
+    axes.set_xlabel("top-1 (%), 95% interval; line: all of them, dashes: chance", fontsize=SMALL)
     part = "" if len(shown) == len(ordered) else f"; the {len(shown)} worst of {len(ordered)} groups"
     axes.set_title(f"worst group {100 * shown[-1][1].value:.1f}%{part}", fontsize=NORMAL, loc="left")
     axes.tick_params(labelsize=SMALL, length=0)
