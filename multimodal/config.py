@@ -406,6 +406,20 @@ def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str
     return differences
 
 
+def computed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored configuration says of the numbers that come out: its identity, and how long it trains.
+
+    One that is not valid (any more) is taken as it stands, but for the sections that are operational.
+    """
+    try:
+        config = check(raw, TrainedConfig)
+    except ConfigError:
+        fields = TrainConfig.model_fields
+        operational = {name for name, field in fields.items() if "operational" in field.metadata} - {"duration"}
+        return {key: value for key, value in raw.items() if key not in operational}
+    return {**_identity(config), "duration": str(config.duration)}
+
+
 def _identity(value: Any) -> Any:
     """A section, or what is in one, as plain data without the fields that are operational, at any depth."""
     if isinstance(value, Section):

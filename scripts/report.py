@@ -1,30 +1,20 @@
 """Put runs side by side on one HTML page: `scripts/report.py RUN... [out=report.html]`; also runs=[a,b,c]."""
 
 import logging
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
 from omegaconf import DictConfig
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from multimodal.cli import launch, plain, program
-from multimodal.config import MISSING, Config, PathsSection, RunError, check
+from multimodal.comparison.groups import compared
+from multimodal.comparison.tables import section
+from multimodal.config import RunError, check
 from multimodal.report import folders, numbers, page
+from multimodal.report.asked import RunsConfig
 
 logger = logging.getLogger(__name__)
-
-
-def _words(value: Any) -> Any:
-    """The runs that a string names, with commas between, or those of a list."""
-    if isinstance(value, str) and value != MISSING:
-        return tuple(word.strip() for word in value.split(",") if word.strip())
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _runs_are_there(config: "ReportConfig") -> Iterator[tuple[str, str]]:
-    yield from (("runs", text) for text in config.found[1])
 
 
 def _out_is_a_page(config: "ReportConfig") -> Iterator[tuple[str, str]]:
@@ -36,21 +26,13 @@ def _out_is_a_page(config: "ReportConfig") -> Iterator[tuple[str, str]]:
         yield "out", f"{config.out} is a folder"
 
 
-class ReportConfig(Config):
+class ReportConfig(RunsConfig):
     """Which runs, and where the page goes."""
 
-    rules = (_runs_are_there, _out_is_a_page)
+    rules = (*RunsConfig.rules, _out_is_a_page)
 
-    runs: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_words)]
-    """Names of runs below `paths.runs`, folders, or globs."""
     out: str | None = Field(min_length=1)
     """An HTML file; null for report.html in `paths.runs`."""
-    paths: PathsSection
-
-    @cached_property
-    def found(self) -> tuple[list[Path], list[str]]:
-        """The runs' folders, and what is wrong with names that have none."""
-        return folders.find(self.runs, Path(self.paths.runs))
 
 
 @program("report")
@@ -63,11 +45,17 @@ def main(composed: DictConfig) -> None:
         for note in run.notes:
             logger.warning("%s: %s", run.name, note)
     try:
-        page.write(out, page.render(runs))
+        page.write(out, page.render(runs, sections=_groups(runs)))
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}") from error
     size = numbers.short(out.stat().st_size)
     logger.info("%d run%s, %sB: %s", len(runs), "s" if len(runs) > 1 else "", size, out)
+
+
+def _groups(runs: Sequence[folders.Run]) -> list[page.Section]:
+    """Runs over their seeds, where there are several of the same settings."""
+    found = compared(runs)
+    return [section(found)] if any(len(group.runs) > 1 for group in found.groups) else []
 
 
 if __name__ == "__main__":

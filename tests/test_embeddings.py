@@ -1,7 +1,6 @@
 """The laws of embedding and classifying files: nothing is lost, stopped is continued, formats hold the same."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, composed
-from hydra import compose, initialize_config_dir
 from PIL import Image
+from programs import composed_of, config_of
 
 import multimodal
-from multimodal.cli import CONF, plain
+from multimodal.cli import CONF
 from multimodal.config import ConfigError, RunError, TrainConfig, check
 from multimodal.data.files import ImageFiles
 from multimodal.data.manifest import Manifest
@@ -254,22 +253,6 @@ def test_the_programs_do_as_the_model_does(run: Path, model: multimodal.ImageTex
     assert "holds other embeddings (tower: text -> image, " in done.stderr
 
 
-def config_of(program: str) -> Any:
-    """The class of a program's configuration."""
-    spec = importlib.util.spec_from_file_location(program, CONF.parent / "scripts" / f"{program}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[program] = module  # where pydantic looks names up
-    spec.loader.exec_module(module)
-    return getattr(module, f"{program.capitalize()}Config")
-
-
-def composed_of(program: str, *words: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(compose(program, ["run=x", *words]))
-
-
 @pytest.mark.parametrize(
     ("program", "words", "problems"),
     [
@@ -287,7 +270,7 @@ def composed_of(program: str, *words: str) -> dict[str, Any]:
 )
 def test_all_that_is_wrong_is_said_at_once_by_key(program: str, words: list[str], problems: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        check(composed_of(program, *words), config_of(program))
+        check(composed_of(program, "run=x", *words), config_of(program))
     found = dict(caught.value.problems)
     assert found.keys() == problems.keys()
     for key, problem in problems.items():
@@ -296,7 +279,7 @@ def test_all_that_is_wrong_is_said_at_once_by_key(program: str, words: list[str]
 
 @pytest.mark.parametrize("program", ["classify", "embed", "evaluate", "export"])
 def test_a_program_s_yaml_says_every_field_and_no_other(program: str) -> None:
-    assert composed_of(program).keys() == config_of(program).model_fields.keys()
+    assert composed_of(program, "run=x").keys() == config_of(program).model_fields.keys()
 
 
 def test_classes_and_templates_are_a_word_or_a_list_or_a_file(images: Path) -> None:
@@ -307,7 +290,7 @@ def test_classes_and_templates_are_a_word_or_a_list_or_a_file(images: Path) -> N
         (["classes=[cat,dog]", "templates=['{}','a {}']"], ("cat", "dog"), ("{}", "a {}")),
         ([f"classes={images}/names.txt"], ("a, b", "c"), ("a photo of a {}.",)),
     ):
-        config = check(composed_of("classify", f"images={images}", *words), kind)
+        config = check(composed_of("classify", "run=x", f"images={images}", *words), kind)
         assert (config.classes, config.templates) == (classes, templates)
 
 

@@ -1,11 +1,9 @@
 """Laws of scripts/evaluate.py: mistakes are told before a model is loaded, all at once; what it writes and prints."""
 
 import copy
-import importlib.util
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, composed
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from programs import run_program
 
 from multimodal import subjects, trainer
-from multimodal.cli import CONF, register_plugins
+from multimodal.cli import register_plugins
 from multimodal.config import ConfigError, TrainConfig, check
 from multimodal.trainer import Trainer
 
@@ -56,20 +53,11 @@ def evaluate(runs: Path, tmp_path: Path) -> Evaluate:
     """The program without Hydra's main, on a copy of the runs."""
     shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "data").mkdir()
-    spec = importlib.util.spec_from_file_location("evaluate", CONF.parent / "scripts" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module  # where pydantic looks names up
-    spec.loader.exec_module(module)
-    main: Callable[[DictConfig], None] = module.main.__wrapped__.__wrapped__
 
     def run(*words: str) -> None:
         register_plugins()
         paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.datasets={tmp_path / 'data'}"]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            asked = compose("evaluate", [*paths, "device=cpu", "workers=0", *words])
-        main(asked)
+        run_program("evaluate", *paths, "device=cpu", "workers=0", *words)
 
     return run
 

@@ -189,7 +189,7 @@ def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
     lion = {"_target_": "multimodal.optimizers.lion.Lion", "lr": 0.001, "betas": [0.9, 0.99]}
     extra = {"evals": {"more": {"_target_": "somewhere.Else", "every": "never"}}}
     runs = [trained(tmp_path / "a"), trained(tmp_path / "b", {"seed": 2, "optimizer": lion, **extra})]
-    told = overview.differences(folders.read([*runs, evaluated(tmp_path / "c")]))
+    told = overview.differences([run.config for run in folders.read([*runs, evaluated(tmp_path / "c")])])
     assert {line.path: [value.text for value in line.values] for line in told} == {
         "seed": ["1", "2", numbers.NONE],
         "optimizer": ["AdamW", "Lion", numbers.NONE],
@@ -197,7 +197,7 @@ def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
         "evals.old": ["0 settings", numbers.NONE, numbers.NONE],
         "evals.more": [numbers.NONE, "Else", numbers.NONE],
     }
-    assert overview.differences(folders.read(runs[:1])) == []
+    assert overview.differences([run.config for run in folders.read(runs[:1])]) == []
 
 
 # --- what is missing, hostile or large ------------------------------------------------------------------------------

@@ -94,6 +94,17 @@ def find(words: Iterable[str], root: Path) -> tuple[list[Path], list[str]]:
     return list({folder.resolve(): folder for folder in found}.values()), wrong
 
 
+def passed_over(words: Iterable[str], root: Path) -> list[Path]:
+    """The folders that globs match, but for hidden ones, in which there is nothing of a run."""
+    globs = [word for word in words if has_magic(word) and not (root / word).is_dir()]
+    return [
+        place
+        for word in globs
+        for place in _matches(word, root)
+        if place.is_dir() and not place.name.startswith(".") and not is_run(place)
+    ]
+
+
 def _matches(pattern: str, root: Path) -> list[Path]:
     path = Path(pattern)
     if path.is_absolute():

@@ -110,15 +110,14 @@ def _metric(key: str, runs: Sequence[Run]) -> Column:
 # --- configurations -------------------------------------------------------------------------------------------------
 
 
-def differences(runs: Sequence[Run]) -> list[Difference]:
-    """The settings that differ between those runs that have a configuration; one for a part that some do not have."""
-    if sum(bool(run.config) for run in runs) < 2:
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """The settings that differ between those configurations that say anything; one for a part that some do not have."""
+    known = [bool(config) for config in configs]
+    if sum(known) < 2:
         return []
     return [
-        Difference(
-            path, [_setting(value) if run.config else Fact(NONE) for value, run in zip(values, runs, strict=True)]
-        )
-        for path, values in _differing("", [run.config or ABSENT for run in runs], [bool(run.config) for run in runs])
+        Difference(path, [_setting(value) if there else Fact(NONE) for value, there in zip(values, known, strict=True)])
+        for path, values in _differing("", [config or ABSENT for config in configs], known)
         if not any(path == same or path.startswith(f"{same}.") for same in SAME)
     ]
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from markupsafe import Markup
 from multimodal.report import results
 from multimodal.report.curves import SIDE, Curves, curves
 from multimodal.report.folders import Run
-from multimodal.report.overview import columns, differences
-from multimodal.report.pictures import groups
+from multimodal.report.overview import Fact, columns, differences
+from multimodal.report.pictures import Shown, groups
 
 LIMIT = 10_000_000
 """Bytes of a page."""
@@ -24,7 +25,35 @@ COLOURS = 8
 """Of curves, before they repeat with another dash; the styles say which."""
 
 
-def render(runs: Sequence[Run], limit: int = LIMIT) -> str:
+@dataclass(frozen=True)
+class Grid:
+    """A table of a section; the first cell of a row is its head."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[Fact]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page says besides of its runs."""
+
+    title: str
+    text: str
+    """Of what is shown, in a paragraph."""
+    grids: list[Grid]
+    picture: Shown | None = None
+    caption: str = ""
+    """Of the picture."""
+
+    @property
+    def anchor(self) -> str:
+        """Its place in the page."""
+        return self.title.lower().replace(" ", "-")
+
+
+def render(runs: Sequence[Run], limit: int = LIMIT, sections: Sequence[Section] = ()) -> str:
     """The page of these runs; pictures are left out, the largest first, where it would be larger than the limit."""
     environment = Environment(
         loader=PackageLoader("multimodal.report", "."),
@@ -42,7 +71,8 @@ def render(runs: Sequence[Run], limit: int = LIMIT) -> str:
         "program": Markup(program),
         "digest": base64.b64encode(hashlib.sha256(program.encode()).digest()).decode(),
         "columns": columns(runs),
-        "differences": differences(runs),
+        "differences": differences([run.config for run in runs]),
+        "sections": sections,
         "tables": results.tables(runs),
         "curves": drawn,
         "points": _points(drawn),
