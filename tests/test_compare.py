@@ -24,11 +24,11 @@ from multimodal.report import folders, page
 def two_groups(root: Path, seeds: int = 4) -> list[Path]:
     """Runs of two learning rates; the second is better by a little more than seeds differ."""
     places = []
-    for lr, gain in ((0.001, 0.0), (0.003, 0.05)):
+    for lr, gain in ((0.001, -0.06), (0.003, -0.01)):
         for seed in range(1, seeds + 1):
             config = {"seed": seed, "optimizer": {"_target_": "multimodal.optim.AdamW", "lr": lr}}
             name = f"x-lr={lr}-seed={seed}"
-            results = shifted(gain + 0.01 * (seed % 3) + 0.02 * (seed % 2) * (gain > 0))
+            results = shifted(gain + 0.01 * (seed % 3) + 0.02 * (seed % 2) * (lr > 0.002))
             places.append(evaluated(trained(root / name, config, rows(seed=seed)), results))
     return places
 
@@ -169,7 +169,7 @@ def test_tables_say_mean_and_spread_and_the_test_with_its_pairs(tmp_path: Path) 
     told = found(*two_groups(tmp_path))
     keys = ["eval/shapes/top1"]
     text = tables.markdown(tables.section(told, keys))
-    values = [0.9091 + shift for shift in (0.01, 0.02, 0.0, 0.01)]
+    values = [0.8491 + shift for shift in (0.01, 0.02, 0.0, 0.01)]
     assert f"| {100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} (4) |" in text
     (test,) = all_pairs(told, keys)
     assert f"| +6.0 points | 4 | {test.found.p:.4f} |" in text
