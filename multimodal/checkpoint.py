@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ PARTIAL = ".partial-"
 """Begins the name of what is being written or deleted."""
 REPLACED = ".replaced-"
 """Begins the name of a checkpoint while another one of its step takes its place."""
+DAMAGED = "damaged-"
+"""Begins the name of a checkpoint that was found damaged."""
 Shape = tuple[int, ...]
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -190,9 +192,21 @@ def mark_best(run: Path, step: int) -> None:
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
     best = (run / FOLDER / BEST).resolve()
-    for step in steps(run)[:-keep]:
-        if step_folder(run, step).resolve() != best:
-            _remove(step_folder(run, step))
+    delete(run, [place for step in steps(run)[:-keep] if (place := step_folder(run, step)).resolve() != best])
+
+
+def delete(run: Path, folders: Iterable[Path]) -> None:
+    """Delete checkpoints of a run, or damaged ones that were set aside; `best` no longer points to one that goes."""
+    link = run / FOLDER / BEST
+    for folder in folders:
+        if link.is_symlink() and link.resolve() == folder.resolve():
+            link.unlink()
+        _remove(folder)
+
+
+def damaged(run: Path) -> list[Path]:
+    """The checkpoints that were set aside."""
+    return sorted((run / FOLDER).glob(f"{DAMAGED}*"))
 
 
 def _remove(path: Path) -> None:
@@ -226,9 +240,9 @@ def clean(run: Path) -> None:
 def set_aside(run: Path, step: int) -> None:
     """Rename checkpoints behind the step that the run continues from: they are damaged, and not deleted."""
     for later in (later for later in steps(run) if later > step):
-        damaged = run / FOLDER / f"damaged-{step_folder(run, later).name}"
-        shutil.rmtree(damaged, ignore_errors=True)
-        step_folder(run, later).rename(damaged)
+        aside = run / FOLDER / f"{DAMAGED}{step_folder(run, later).name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        step_folder(run, later).rename(aside)
 
 
 def verify(folder: Path, unread: Collection[str] = ()) -> None:

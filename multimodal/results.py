@@ -1,7 +1,7 @@
 """What evaluations found, on disk: numbers in `results.json`, figures beside them."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ def table(found: Mapping[str, Mapping[str, Estimate]]) -> str:
     if len(found) == 1:
         return "\n".join(f"{key} {_told(one)}{_against(one)}" for key, one in next(iter(found.values())).items())
     cells = [["", *found], *([key, *(_told(numbers.get(key)) for numbers in found.values())] for key in keys)]
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(lines)

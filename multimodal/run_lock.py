@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import socket
+import struct
+import sys
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,30 @@ logger = logging.getLogger(__name__)
 NAME = ".lock"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 """What file systems say that keep none, as Lustre may."""
+
+FLOCK = "qqihh" if sys.platform == "darwin" else "hhqqi"
+"""The system's struct flock: the kind of lock is its first short."""
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process trains the run; asked without taking the lock, so that nobody who starts is hindered.
+
+    Not for the process that holds it itself, which would lose it when the file is closed here.
+    Where the file system keeps no locks, a lock's file that is there counts as held.
+    """
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    kind = FLOCK.index("h")
+    asked = struct.pack(FLOCK, *(fcntl.F_RDLCK if place == kind else 0 for place in range(len(FLOCK))))
+    try:
+        answer = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return bool(answer[kind] != fcntl.F_UNLCK)
 
 
 class RunLock:

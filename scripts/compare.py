@@ -15,7 +15,7 @@ from multimodal.comparison.groups import Compared, compared, direction
 from multimodal.comparison.statistics import NAMES, Kind
 from multimodal.config import ConfigError, RunError, check
 from multimodal.report import folders, page
-from multimodal.report.asked import RunsConfig, Words
+from multimodal.report.asked import SeveralRuns, Words
 from multimodal.report.folders import Picture
 from multimodal.report.pictures import encoded
 from multimodal.resolve import did_you_mean
@@ -26,7 +26,7 @@ Better = Literal["auto", "more", "less"]
 SIGNS = {"more": 1, "less": -1}
 
 
-class CompareConfig(RunsConfig):
+class CompareConfig(SeveralRuns):
     """Which runs, by what, and where the files go."""
 
     metrics: Words

@@ -12,7 +12,7 @@ from multimodal.comparison.groups import compared
 from multimodal.comparison.tables import section
 from multimodal.config import RunError, check
 from multimodal.report import folders, numbers, page
-from multimodal.report.asked import RunsConfig
+from multimodal.report.asked import SeveralRuns
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ def _out_is_a_page(config: "ReportConfig") -> Iterator[tuple[str, str]]:
         yield "out", f"{config.out} is a folder"
 
 
-class ReportConfig(RunsConfig):
+class ReportConfig(SeveralRuns):
     """Which runs, and where the page goes."""
 
-    rules = (*RunsConfig.rules, _out_is_a_page)
+    rules = (*SeveralRuns.rules, _out_is_a_page)
 
     out: str | None = Field(min_length=1)
     """An HTML file; null for report.html in `paths.runs`."""

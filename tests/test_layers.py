@@ -45,7 +45,7 @@ LAYERS = (
     ),
     ("export",),
     ("dry_run", "kept_features", "plan", "report", "trainer"),
-    ("api", "cli", "comparison"),
+    ("api", "cli", "comparison", "inventory"),
     ("adapters", "embeddings", "subjects"),
     ("__init__",),
 )

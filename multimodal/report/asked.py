@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field
 
@@ -18,14 +18,16 @@ def words(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(words)]
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], BeforeValidator(words)]
+Words = Several[Annotated[str, Field(min_length=1)]]
 
 
-def _runs_are_there(config: "RunsConfig") -> Iterator[tuple[str, str]]:
+def _runs_are_there(config: "SeveralRuns") -> Iterator[tuple[str, str]]:
     yield from (("runs", text) for text in config.found[1])
 
 
-class RunsConfig(Config):
+class SeveralRuns(Config):
     """Which runs."""
 
     rules = (_runs_are_there,)

@@ -1,0 +1,1 @@
+"""What runs there are: `listing` tells how they stand, `where` filters them, `cleaning` deletes checkpoints by rule."""
