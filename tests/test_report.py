@@ -117,6 +117,25 @@ def test_the_best_is_marked_where_no_other_interval_reaches_it(metric: str, span
     assert [cell.mark for cell in table.lines[0].cells if cell is not None] == marks
 
 
+@pytest.mark.parametrize(("counts", "chances"), [((24, 5000), (0.1, 0.1)), ((50, 50), (0.1, 1 / 3))])
+def test_no_value_is_the_best_of_what_was_measured_on_other_data(counts: Any, chances: Any) -> None:
+    runs = [
+        folders.Run(name, values={"eval/it/top1": folders.Value(value, 1, value - 0.01, value + 0.01, chance, count)})
+        for name, value, count, chance in zip("ab", (0.9, 0.5), counts, chances, strict=True)
+    ]
+    (line,) = results.tables(runs)[0].lines
+    assert [cell.mark for cell in line.cells if cell is not None] == ["", ""]
+    assert not line.same
+
+
+def test_main_numbers_begin_with_what_checkpoints_are_judged_by_and_what_most_runs_have() -> None:
+    value = folders.Value(0.5, 1)
+    keys = [["eval/few/top1", "eval/all/top1"], ["eval/own/top5", "eval/own/top1", "eval/all/top1"]]
+    runs = [folders.Run(str(i), values=dict.fromkeys(found, value)) for i, found in enumerate(keys)]
+    runs[1].config["checkpoint"] = {"best": "eval/own/top5"}
+    assert overview.main_metrics(runs) == ["eval/own/top5", "eval/all/top1", "eval/few/top1", "eval/own/top1"]
+
+
 def test_chance_of_older_evaluations_is_in_its_column(tmp_path: Path) -> None:
     (table,) = results.tables(folders.read([trained(tmp_path / "a")]))
     assert [(line.metric, line.chance) for line in table.lines] == [("top1", "25")]

@@ -8,10 +8,11 @@ from multimodal.report.folders import Value
 NONE = "\N{EN DASH}"
 
 SHARE = re.compile(
-    r"(^|_)((r|top|hits?|recall|precision|m?ap|acc|accuracy|auc|auroc|f1|mrr|ndcg)(_?at_?|@)?\d*|mean_per_class|share)$"
+    r"(^|_)((r|top|hits?|recall|precision|m?ap|acc|accuracy|auc|auroc|f1|mrr|ndcg)(_?at_?|@)?\d*|mean_per_class|share|ece)$"
+    r"|^std(_\d+)?$"
 )
 MEASURE = re.compile(
-    r"(^|_)(rank|gap|distance|effect_size|effect|cosine|alignment|uniformity|entropy|norm|variance|std|scale|margin|p"
+    r"(^|_)(rank|gap|distance|effect_size|effect|cosine|alignment|uniformity|entropy|norm|variance|scale|margin|p"
     r"|anisotropy|hubness|anti_hubs|margin|effective_rank)(_projected|_image|_text|_i2t|_t2i)?$"
     r"|(^|_)(mean_absolute_effect|share_significant)(_projected)?$"
 )

@@ -11,7 +11,7 @@ from multimodal.report.numbers import NONE, amount, is_share, plain, short
 
 MAIN = ("top1", "i2t_r1", "t2i_r1", "accuracy", "spearman", "recall")
 """Metrics that stand for an evaluation, as far as it has them; else its first one does."""
-MOST = 10
+MOST = 6
 """Columns of main numbers."""
 SAME = ("run.name", "paths")
 """Settings that say only what a run is called and where it was."""
@@ -75,17 +75,31 @@ def speed(run: Run) -> float | None:
 
 
 def main_metrics(runs: Sequence[Run]) -> list[str]:
-    """The keys that stand for each evaluation; with the running mean of the weights only where that is all there is."""
+    """What runs judge their checkpoints by, then the keys that stand for each evaluation, those of most runs first.
+
+    Those with the running mean of the weights only where that is all there is.
+    """
     keys: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.values):
         keys.setdefault(split(key)[0], []).append(key)
-    chosen = []
-    for evaluation, known in keys.items():
+    chosen = [key for run in runs if (key := _best(run)) in run.values]
+    for evaluation, known in sorted(keys.items(), key=lambda item: -_having(item[0], runs)):
         if evaluation.startswith("eval_ema/") and evaluation.replace("eval_ema", "eval", 1) in keys:
             continue
         wanted = [f"{evaluation}/{metric}" for metric in MAIN]
         chosen += [key for key in wanted if key in known][:2] or known[:1]
-    return chosen
+    return list(dict.fromkeys(chosen))
+
+
+def _best(run: Run) -> str:
+    """The metric that the run judges its checkpoints by."""
+    section = run.config.get("checkpoint")
+    return str(section.get("best")) if isinstance(section, dict) else ""
+
+
+def _having(evaluation: str, runs: Sequence[Run]) -> int:
+    """How many runs have it."""
+    return sum(any(split(key)[0] == evaluation for key in run.values) for run in runs)
 
 
 def _progress(run: Run, name: str) -> float | None:

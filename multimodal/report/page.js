@@ -14,7 +14,12 @@
       panelOf(each).hidden = !chosen;
     }
   };
-  const named = (hash) => tabs.find((tab) => tab.hash === hash);
+  const target = () => document.getElementById(location.hash.slice(1));
+  const named = () => tabs.find((tab) => panelOf(tab).contains(target()));
+  const follow = () => {
+    select(named() || tabs[0]);
+    if (named() && panelOf(named()) !== target()) target().scrollIntoView();
+  };
   document.body.classList.add("tabs");
   nav.setAttribute("role", "tablist");
   tabs.forEach((tab, index) => {
@@ -42,8 +47,8 @@
       }
     });
   });
-  select(named(location.hash) || tabs[0]);
-  addEventListener("hashchange", () => select(named(location.hash) || tabs[0]));
+  follow();
+  addEventListener("hashchange", follow);
 
   // Tables: a click on a header sorts, the second one the other way round; what is not there stays last
   const compare = (a, b) => {

@@ -36,6 +36,8 @@ class Line:
     count: str
     chance_sort: float | None
     count_sort: float | None
+    same: bool
+    """Whether all runs had as many samples and the same chance; else they were measured on other data."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def _line(evaluation: str, metric: str, runs: Sequence[Run]) -> Line:
         told = [run.values[f"{evaluation}/{CHANCE}"].value for run in runs if f"{evaluation}/{CHANCE}" in run.values]
         chances = [value for value in told if value is not None]
     counts = [value.count for value in known if value.count is not None]
-    marks = _marks(values, better(metric, share))
+    same = len(set(chances)) <= 1 and len(set(counts)) <= 1
+    marks = _marks(values, better(metric, share)) if same else ["" for _ in values]
     return Line(
         metric,
         "%" if share else "",
@@ -93,6 +96,7 @@ def _line(evaluation: str, metric: str, runs: Sequence[Run]) -> Line:
         _list([plain(value) for value in counts]),
         min(chances, default=None),
         min(counts, default=None),
+        same,
     )
 
 
