@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from multimodal.data.prompts import NamedClasses, NamedTemplates
@@ -181,17 +182,20 @@ class ZeroShot(Eval):
     """By label, instead of the dataset's own: a list, a .txt file with one a line, imagenet; null for the dataset's."""
     allow_empty_classes: bool = False
     """Whether there may be classes without an image, which are then out of `mean_per_class`."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """So many images, drawn at random; null for all."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return "top1", "top5", "mean_per_class", "ece", "chance"
 
     def build(self, data: Sources) -> Callable[[Encoder], Report]:
-        named = open_named(data, self.dataset, self.class_names, self.templates)
-        labels = labels_of(named.images.source, named.images.places, len(named.class_names))
+        named = open_named(data, self.dataset, self.class_names, self.templates, self.max_samples)
+        source, places = named.images.source, named.images.places
+        labels = labels_of(source, range(len(source)), len(named.class_names))
         if not self.allow_empty_classes:
             require_images(labels, named.class_names)
-        return partial(self._run, named, labels)
+        return partial(self._run, named, labels[torch.as_tensor(places)])
 
     def _run(self, named: Named, labels: Tensor, encoder: Encoder) -> Report:
         images, names, templates = named
