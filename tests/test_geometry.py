@@ -182,19 +182,24 @@ def test_the_effective_rank_is_the_entropy_of_the_spectrum_and_does_not_mind_rot
 def test_anisotropy_is_the_mean_cosine_of_all_pairs_in_every_sample_drawn(seed, n):
     x = unit(n, 4, seed=seed, shift=0.5)
     cosines = (x @ x.T).numpy()
-    assert anisotropy(x).item() == pytest.approx(cosines[~np.eye(n, dtype=bool)].mean())
+    ones = torch.ones(1, n, dtype=torch.float64)
+    assert anisotropy(x)(ones).item() == pytest.approx(cosines[~np.eye(n, dtype=bool)].mean())
     counts = np.random.default_rng(seed).integers(0, 3, size=n)
     counts[:2] = 1
     rows = np.repeat(np.arange(n), counts)
     different = rows[:, None] != rows
     expected = cosines[rows][:, rows][different].mean()
-    assert anisotropy(x, torch.from_numpy(counts)[None]).item() == pytest.approx(expected)
+    assert anisotropy(x)(torch.from_numpy(counts).double()[None]).item() == pytest.approx(expected)
+    groups = torch.arange(n) // 2  # drawn two by two
+    together = torch.randint(1, 3, (3, int(groups.max()) + 1), generator=torch.Generator().manual_seed(seed)).double()
+    torch.testing.assert_close(anisotropy(x, groups)(together), anisotropy(x)(together[:, groups]))
 
 
 def test_anisotropy_of_one_repeated_vector_is_1_and_of_an_orthonormal_set_0():
-    assert anisotropy(unit(1, 5).expand(7, -1)).item() == pytest.approx(1)
-    assert anisotropy(torch.eye(5)).item() == pytest.approx(0)
-    assert anisotropy(torch.cat([torch.eye(3), -torch.eye(3)])).item() == pytest.approx(-1 / 5)
+    opposite = torch.cat([torch.eye(3), -torch.eye(3)])
+    for features, expected in ((unit(1, 5).expand(7, -1), 1), (torch.eye(5), 0), (opposite, -1 / 5)):
+        ones = torch.ones(1, len(features), dtype=torch.float64)
+        assert anisotropy(features)(ones).item() == pytest.approx(expected)
 
 
 # --- neighbours -----------------------------------------------------------------------------------------------------

@@ -122,10 +122,10 @@ def _distances(opened: _Opened, images: Tensor, texts: Tensor) -> dict[str, Esti
     owners, places = opened.owners, torch.arange(len(images))
     first = torch.searchsorted(owners, places)
     sums = torch.zeros(images.shape, dtype=torch.float64).index_add(0, owners, texts.double())
-    sizes = torch.bincount(owners).double()
+    sizes, doubles = torch.bincount(owners).double(), images.double()
 
     def gaps(drawn: Tensor) -> Tensor:
-        of_images = drawn @ images.double() / drawn.sum(dim=1, keepdim=True)
+        of_images = drawn @ doubles / drawn.sum(dim=1, keepdim=True)
         distances: Tensor = torch.linalg.vector_norm(of_images - drawn @ sums / (drawn @ sizes)[:, None], dim=1)
         return distances
 
@@ -153,15 +153,12 @@ def _spread(opened: _Opened, images: Tensor, texts: Tensor, spectra: tuple[Tenso
     metrics: dict[str, Estimate] = {}
     groups = torch.arange(len(images)), opened.owners
     for name, features, owners, values in zip(("image", "text"), (images, texts), groups, spectra, strict=True):
-        low, high = bootstrap(_anisotropy_of_groups(features, owners), len(images))
-        mean_cosine = anisotropy(features).item()
+        mean_cosine = anisotropy(features, owners)
+        value = mean_cosine(torch.ones(1, len(images), dtype=torch.float64)).item()
+        low, high = bootstrap(mean_cosine, len(images))
         metrics[f"effective_rank_{name}"] = Estimate(effective_rank(values), count=len(features))
-        metrics[f"anisotropy_{name}"] = Estimate(mean_cosine, low.item(), high.item(), chance=0.0, count=len(features))
+        metrics[f"anisotropy_{name}"] = Estimate(value, low.item(), high.item(), chance=0.0, count=len(features))
     return metrics
-
-
-def _anisotropy_of_groups(features: Tensor, owners: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda drawn: anisotropy(features, drawn[:, owners])
 
 
 def _neighbours(opened: _Opened, images: Tensor, texts: Tensor, k: int) -> dict[str, Estimate]:

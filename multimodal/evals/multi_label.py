@@ -21,36 +21,42 @@ if TYPE_CHECKING:
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
+Statistic = Callable[[Tensor], Tensor]
+"""From how often each of n samples is taken, float64 [R, n], to values [R, ...]."""
+
+
 def average_precision(
     scores: Tensor,  # [n] of one class
     positive: Tensor,  # bool [n]
-    counts: Tensor | None = None,  # float64 [R, n] how often each sample is taken; each once unless given
-) -> Tensor:  # float64 [R], or [] without counts; NaN where no positive was taken
-    """The mean, over positives, of the precision among all that score at least as high.
+) -> Statistic:  # to float64 [R]; NaN where no positive was taken
+    """The mean, over positives, of the precision among all that score at least as high; samples are sorted once.
 
-    Equals scikit-learn's `average_precision_score` with `counts` as weights. Equal scores share a threshold, so that a
+    Equals scikit-learn's `average_precision_score` with counts as weights. Equal scores share a threshold, so that a
     model that gives all images the same score has the prevalence, whatever their order. Where a score is NaN, the
     sample has the worst place.
     """
     worst = torch.where(positive, -torch.inf, torch.inf).to(scores.dtype)
     ordered, order = torch.where(scores.isnan(), worst, scores).sort(descending=True)
-    taken = torch.ones(1, len(scores), dtype=torch.float64) if counts is None else counts[:, order]
-    hits = taken * positive[order]
+    right = positive[order]
     last = torch.searchsorted(-ordered, -ordered, right=True) - 1  # of those with the same score
-    precision = hits.cumsum(dim=1)[:, last] / taken.cumsum(dim=1)[:, last]
-    # before the first sample that was taken there is 0 / 0, where there is no hit either
-    found = torch.where(hits > 0, hits * precision, 0).sum(dim=1) / hits.sum(dim=1)
-    return found[0] if counts is None else found
+
+    def of(counts: Tensor) -> Tensor:
+        taken = counts[:, order]
+        hits = taken * right
+        precision = hits.cumsum(dim=1)[:, last] / taken.cumsum(dim=1)[:, last]
+        # before the first sample that was taken there is 0 / 0, where there is no hit either
+        return torch.where(hits > 0, hits * precision, 0).sum(dim=1) / hits.sum(dim=1)
+
+    return of
 
 
 def average_precisions(
     scores: Tensor,  # [n, K]
     positive: Tensor,  # bool [n, K]
-    counts: Tensor | None = None,  # float64 [R, n]
-) -> Tensor:  # float64 [K], or [R, K]
+) -> Statistic:  # to float64 [R, K]
     """The average precision of each class; NaN for those without a positive."""
-    columns = zip(scores.T, positive.T, strict=True)
-    return torch.stack([average_precision(score, right, counts) for score, right in columns], dim=-1)
+    classes = [average_precision(score, right) for score, right in zip(scores.T, positive.T, strict=True)]
+    return lambda counts: torch.stack([one(counts) for one in classes], dim=-1)
 
 
 def chance_precision(
@@ -118,8 +124,9 @@ class MultiLabel(Eval):
         images, class_names, templates = named
         classifier = zero_shot_classifier(encoder, class_names, templates)
         scores = encoder.encode("image", images) @ classifier.T
-        by_class = average_precisions(scores, positive)
-        ends = bootstrap(lambda drawn: average_precisions(scores, positive, drawn).nanmean(dim=1), len(scores))
+        precisions = average_precisions(scores, positive)
+        by_class = precisions(torch.ones(1, len(scores), dtype=torch.float64))[0]
+        ends = bootstrap(lambda drawn: precisions(drawn).nanmean(dim=1), len(scores))
         found = positive.sum(dim=0)
         chance = torch.where(found > 0, chance_precision(found, len(scores)), torch.nan)
         estimate = Estimate(

@@ -102,18 +102,23 @@ def effective_rank(
 
 def anisotropy(
     features: Tensor,  # [n, D] unit norm
-    counts: Tensor | None = None,  # [R, n] how often each is there, for intervals; once each if not given
-) -> Tensor:  # float64 [R]
+    groups: Tensor | None = None,  # int64 [n], from 0, of samples that are drawn together: the captions of an image
+) -> Callable[[Tensor], Tensor]:  # from how often each group is there, float64 [R, G], to float64 [R]
     """The mean cosine of two different samples: 0 if they point everywhere alike, 1 if all are the same.
 
     Exact, and linear in memory: the squared norm of the sum has all pairs, and the pairs of a sample with itself are
     taken off. Ethayarajh 2019.
     """
-    features = features.double()
-    counts = torch.ones(1, len(features), dtype=torch.float64) if counts is None else counts.double()
-    itself = features.square().sum(dim=1)
-    total = (counts @ features).square().sum(dim=1) - counts.square() @ itself
-    return total / (counts.sum(dim=1).square() - counts.square().sum(dim=1))
+    groups = torch.arange(len(features)) if groups is None else groups
+    sizes = torch.bincount(groups).double()
+    sums = torch.zeros(len(sizes), features.shape[1], dtype=torch.float64).index_add(0, groups, features.double())
+    itself = torch.zeros_like(sizes).index_add(0, groups, features.double().square().sum(dim=1))
+
+    def of(counts: Tensor) -> Tensor:
+        squares = counts.square()
+        return ((counts @ sums).square().sum(dim=1) - squares @ itself) / ((counts @ sizes).square() - squares @ sizes)
+
+    return of
 
 
 def k_occurrence(
