@@ -13,5 +13,5 @@ format: ## put the code in order
 	uv run ruff check --fix .
 	uv run ruff format .
 
-pins: ## the newest versions that pyproject.toml allows
+pins: ## the newest versions that pyproject.toml allows; those of tests/peers/*.txt by hand, as CONTRIBUTING.md says
 	uv run --no-project --python ">=3.11" scripts/pin.py

@@ -1,7 +1,7 @@
 """What evaluations found, on disk: numbers in `results.json`, figures beside them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,32 +61,3 @@ def write_figures(reports: Mapping[str, Report], folder: Path) -> Iterator[tuple
             path = folder / f"{name.removeprefix('eval/').replace('/', '_')}_{figure}.png"
             make().savefig(path, dpi=120)
             yield f"{name}/{figure}", path
-
-
-def table(found: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """Numbers as text: a line for each, or, of several models, a column for each; intervals in brackets."""
-    keys = dict.fromkeys(key for numbers in found.values() for key in numbers)
-    if len(found) == 1:
-        return "\n".join(f"{key} {_told(one)}{_against(one)}" for key, one in next(iter(found.values())).items())
-    cells = [["", *found], *([key, *(_told(numbers.get(key)) for numbers in found.values())] for key in keys)]
-    return aligned(cells)
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
-
-
-def _told(one: Estimate | None) -> str:
-    if one is None:
-        return "-"
-    sure = one.low is not None and one.high is not None
-    return f"{one.value:.4f}" + (f" [{one.low:.4f}, {one.high:.4f}]" if sure else "")
-
-
-def _against(one: Estimate) -> str:
-    facts = [] if one.chance is None else [f"chance {one.chance:.4f}"]
-    facts += [] if one.count is None else [f"n {one.count:,}"]
-    return f" ({', '.join(facts)})" if facts else ""

@@ -43,7 +43,8 @@ def main(composed: DictConfig) -> None:
     asked = check(plain(composed), EvaluateConfig)
 
     from multimodal.assemble import Problems, device_of, evaluate
-    from multimodal.results import FILE, estimates, table, write_figures, write_numbers
+    from multimodal.results import FILE, estimates, write_figures, write_numbers
+    from multimodal.results_table import table
     from multimodal.subjects import find, open_all
 
     problems = Problems()

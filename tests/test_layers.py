@@ -40,6 +40,7 @@ LAYERS = (
         "outline",
         "rehearsal",
         "results",
+        "results_table",
         "run_folder",
         "saving",
     ),

@@ -13,6 +13,8 @@ RESAMPLES = 1000
 LEVEL = 0.95
 AT_A_TIME = 2**19
 """So many counts in memory."""
+IN_CACHE = 2**14
+"""So many that are drawn at once."""
 
 
 def bootstrap(
@@ -25,18 +27,25 @@ def bootstrap(
 
     The statistic is given counts, not data, so that the same draws serve many numbers. Efron 1979.
     """
-    rng, units = np.random.default_rng(seed), np.arange(count)
-    kinds = [units] if strata is None else [units[(strata == kind).numpy()] for kind in torch.unique(strata)]
+    rng = np.random.default_rng(seed)
+    kinds, order = (torch.zeros(count) if strata is None else strata).sort(stable=True)
+    sizes = torch.unique_consecutive(kinds, return_counts=True)[1]
+    firsts, highs = (torch.repeat_interleave(ends, sizes).numpy() for ends in (sizes.cumsum(0) - sizes, sizes))
+    units = order.numpy()  # kind by kind: for each one another of its kind is drawn
 
-    def draw() -> NDArray[np.intp]:
-        return np.concatenate([kind[rng.integers(len(kind), size=len(kind))] for kind in kinds])
+    def draw(rows: int) -> NDArray[np.int64]:  # [rows, n] how often each unit is
+        found = rng.integers(count if strata is None else highs, size=(rows, count))
+        if strata is not None:
+            found = units[firsts + found]
+        found += count * np.arange(rows)[:, None]
+        return np.bincount(found.ravel(), minlength=rows * count).reshape(rows, count)
 
     drawn = torch.empty(min(RESAMPLES, max(1, AT_A_TIME // max(1, count))), count, dtype=torch.float64)
     values: Tensor | None = None
     for start in range(0, RESAMPLES, len(drawn)):
         some = drawn[: RESAMPLES - start]
-        for row in some.numpy():
-            row[:] = np.bincount(draw(), minlength=count)
+        for piece in torch.split(some, max(1, IN_CACHE // max(1, count))):
+            piece.numpy()[:] = draw(len(piece))
         found = statistic(some)
         if values is None:  # in one piece: small ones that are kept between large ones that go make the heap grow
             values = torch.empty(RESAMPLES, *found.shape[1:], dtype=torch.float64)

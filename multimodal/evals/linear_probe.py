@@ -125,7 +125,9 @@ class LinearProbe(Probe):
     """L2-regularised logistic regression on image features; its strength is chosen on a part of the training images.
 
     Then it is fitted again on all of them. Metrics: `top1`, `mean_per_class` (averaged over classes), and `c`, the
-    inverse strength that was chosen. Features are those of the shared space, of unit norm.
+    inverse strength that was chosen. Features are those of the shared space, of unit norm. One rank fits
+    while the others wait for it, half an hour at most (`distributed.TIMEOUT`): for sets so large that it takes longer
+    set max_train or refinements lower, or evaluate the run when it has ended, in one process.
     """
 
     validation: float = Field(gt=0, lt=1)

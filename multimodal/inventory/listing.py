@@ -11,7 +11,7 @@ from multimodal import checkpoint, run_lock
 from multimodal.report.folders import Run, number, read
 from multimodal.report.numbers import NONE, plain, short
 from multimodal.report.overview import main_metrics
-from multimodal.results import aligned
+from multimodal.results_table import aligned
 from multimodal.tracker import METRICS
 from multimodal.units import Duration
 
