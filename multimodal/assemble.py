@@ -1,9 +1,12 @@
 """From a configuration to what it describes: source, readers, model, evaluations; all that is wrong is said at once."""
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,11 @@ from multimodal.parts import Encoder as EncoderContract
 from multimodal.remembering import Remembering
 from multimodal.sharding import check_blocks_are_called, is_sharded, shard
 
+logger = logging.getLogger(__name__)
+
 Evaluation = Callable[[EncoderContract], Report]
+LONG = 10
+"""Seconds from which on an evaluation says that it is done."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +136,17 @@ def count_steps(config: TrainConfig, source: Source | None, problems: Problems) 
 
 
 def open_evaluations(evals: Mapping[str, Eval], data: Sources, problems: Problems) -> dict[str, Evaluation]:
-    """The evaluations by name, their data opened."""
-    evaluations = {}
+    """The evaluations by name, their data opened; their reports say what they were measured with."""
+    evaluations: dict[str, Evaluation] = {}
     for name, evaluation in evals.items():
         with problems.at(f"evals.{name}"):
-            evaluations[name] = evaluation.build(data)
+            settings = evaluation.model_dump(mode="json", exclude={"every"})
+            evaluations[name] = partial(_with_settings, evaluation.build(data), settings)
     return evaluations
+
+
+def _with_settings(run: Evaluation, settings: Mapping[str, Any], encoder: EncoderContract) -> Report:
+    return replace(run(encoder), settings=settings)
 
 
 def assemble(
@@ -243,7 +255,16 @@ def evaluate(
 
     What was found with the running mean of the `weights` is in `eval_ema/<name>`.
     """
+    reports = {}
     try:
-        return {f"{EVAL[weights]}/{name}": run(encoder) for name, run in evaluations.items()}
+        for name, run in evaluations.items():
+            before, began = encoder.num_truncated, time.monotonic()
+            reports[f"{EVAL[weights]}/{name}"] = run(encoder)
+            seconds, (cut,) = time.monotonic() - began, distributed.total(encoder.num_truncated - before)
+            if cut:
+                logger.warning("%s: %d texts are longer than the context of their tower and were cut", name, cut)
+            if seconds > LONG:
+                logger.info("%s: evaluated in %.0f s", name, seconds)
     finally:
         encoder.forget()  # features take memory, and will be others
+    return reports

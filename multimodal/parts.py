@@ -329,6 +329,8 @@ class Report:
     """By short name ("top1", "i2t_r1"); logged as `eval/<name>/<metric>`."""
     figures: dict[str, "Callable[[], Figure]"] = field(default_factory=dict)
     """By file name without ending; drawn on one rank only."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What it was measured with, the knobs of the evaluation and of its data; added where evaluations are opened."""
 
 
 class Eval(Part):

@@ -86,6 +86,11 @@ class Remembering:
         """The multiplier of cosines."""
         return self.encoder.logit_scale
 
+    @property
+    def num_truncated(self) -> int:
+        """Texts so far that were longer than the context and are cut, each once."""
+        return sum(reader.preprocessor.num_truncated for reader in self.readers.values())
+
     def forget(self) -> None:
         """The weights have changed: features are kept only of towers that are not trained, and all token ids."""
         frozen = {

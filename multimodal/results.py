@@ -11,7 +11,8 @@ from multimodal.parts import Estimate, Report
 
 logger = logging.getLogger(__name__)
 
-FILE = "results.json"
+FILE, SETTINGS = "results.json", "settings.json"
+"""Numbers by metric, and by evaluation what they were measured with."""
 EVALUATIONS, FIGURES = "evaluations", "figures"
 """In a run's folder: results by step, and the figures that training has drawn."""
 TRAINING_CURVES = "curves"
@@ -33,10 +34,19 @@ def estimates(reports: Mapping[str, Report]) -> dict[str, Estimate]:
 
 
 def write_numbers(reports: Mapping[str, Report], folder: Path) -> None:
-    """Add the numbers to what the folder's `results.json` holds; what is no number is null."""
-    path = folder / FILE
+    """Add the numbers to what the folder's `results.json` holds, and what they were measured with to `settings.json`.
+
+    What is no number is null. An evaluation of the same name that was measured otherwise is replaced, with a warning.
+    """
+    path, beside = folder / FILE, folder / SETTINGS
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_read(path), **{key: asdict(one) for key, one in estimates(reports).items()}})
+    numbers, settings = _read(path), _read(beside)
+    for name, report in reports.items():
+        if settings.get(name, report.settings) != report.settings:
+            logger.warning("%s was measured otherwise before, which is replaced: %s", name, path)
+            numbers = {key: one for key, one in numbers.items() if not key.startswith(f"{name}/")}
+    write_json(path, {**numbers, **{key: asdict(one) for key, one in estimates(reports).items()}})
+    write_json(beside, {**settings, **{name: report.settings for name, report in reports.items()}})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -193,13 +193,25 @@ def test_several_runs_and_a_pattern_are_columns_of_a_table(
     with caplog.at_level(logging.INFO):
         evaluate("run=['small_*',small_a]", "evals=[shapes]", *SMALL)
     table = caplog.messages[-1].splitlines()
-    assert table[0].split() == ["small_a", "small_b"]
+    assert table[0].split() == ["small_a", "small_b", "chance", "n"]
     numbers = results(tmp_path / "runs", "small_a")
     assert numbers == results(tmp_path / "runs", "small_b")
     assert [line.split()[0] for line in table[1:]] == list(numbers)
     top1 = numbers["eval/shapes/top1"]
     cell = f"{top1['value']:.4f} [{top1['low']:.4f}, {top1['high']:.4f}]"
     assert table[1].count(cell) == 2
+    assert table[1].split()[-2:] == ["0.0125", "80"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_texts_that_are_cut_are_told_once_each(
+    evaluate: Evaluate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = " ".join(["very"] * 100)
+    evaluate(
+        "run=small_a", "evals=[shapes]", *SMALL, f"evals.shapes.templates=['a {{}}','{long} {{}}','{long} a {{}}']"
+    )
+    assert "shapes: 160 texts are longer than the context of their tower and were cut" in caplog.messages
 
 
 @pytest.mark.usefixtures("no_pictures")

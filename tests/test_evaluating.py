@@ -168,9 +168,26 @@ def test_damaged_results_are_written_anew_and_whole_ones_are_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
 ) -> None:
     (tmp_path / "results.json").write_text(held)
-    write_numbers({"eval/it": Report({"top1": math.nan})}, tmp_path)
+    (tmp_path / "settings.json").write_text(held)
+    write_numbers({"eval/it": Report({"top1": math.nan}, settings={"k": 1})}, tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["eval/it"] == {"k": 1}
     found = json.loads((tmp_path / "results.json").read_text())
     assert found.pop("eval/it/top1")["value"] is None
     whole = "other" in held
     assert found == (json.loads(held) if whole else {})
     assert ("is damaged" in caplog.text) != whole
+
+
+def test_numbers_that_were_measured_otherwise_are_replaced_as_a_whole_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(name: str, metrics: dict[str, float], path: str) -> list[str]:
+        write_numbers({f"eval/{name}": Report(metrics, settings={"dataset": {"path": path}})}, tmp_path)
+        return list(json.loads((tmp_path / "results.json").read_text()))
+
+    write("it", {"top1": 0.5, "top5": 0.9}, "a")
+    write("it2", {"top1": 0.5}, "a")
+    assert write("it", {"top1": 0.6}, "a") == ["eval/it/top1", "eval/it/top5", "eval/it2/top1"]
+    assert "measured otherwise" not in caplog.text
+    assert write("it", {"top1": 0.7}, "b") == ["eval/it2/top1", "eval/it/top1"]
+    assert f"eval/it was measured otherwise before, which is replaced: {tmp_path / 'results.json'}" in caplog.text
