@@ -1,5 +1,6 @@
 """Small stand-ins for models, as evaluations see them."""
 
+from functools import cache
 from hashlib import sha256
 
 import numpy as np
@@ -13,8 +14,9 @@ def unit(*shape, seed=0, shift=0.0):
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64) + shift, dim=-1)
 
 
+@cache
 def direction(word, dim=64):
-    """A fixed direction for a string."""
+    """A fixed direction for a string; the same tensor each time."""
     return unit(dim, seed=int.from_bytes(sha256(word.encode()).digest()[:4], "big")).float()
 
 

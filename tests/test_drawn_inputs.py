@@ -1,23 +1,18 @@
 """Laws of samples that are drawn from a source: they are embedded once, and are those at their places."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import TinyConfig
 
-from multimodal.assemble import assemble
 from multimodal.data.views import Inputs
 from multimodal.evals.classes import drawn_places
+from multimodal.trainer import Trainer
 
 
 @pytest.mark.parametrize("some", [None, 5, [3, 5, 60], drawn_places(64, 20), drawn_places(64, 64)])
 def test_an_encoder_that_remembers_gives_the_features_of_the_places_that_are_asked_for(
-    tiny_config: TinyConfig, some: object
+    tiny_trainer: Trainer, some: object
 ) -> None:
-    config = tiny_config()
-    source = config.dataset.build(Path())
-    remembering = assemble(config, source, None).encoder(0)
+    source, remembering = tiny_trainer.source, tiny_trainer.assembled.encoder(0)
     everything = remembering.encoder.encode("image", Inputs(source, "image"))
     places = range(64)[:some] if some is None or isinstance(some, int) else some
     for _ in range(2):

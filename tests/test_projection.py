@@ -77,7 +77,7 @@ class Gendered:
 
     def feature(self, text):
         word = text.rstrip(".").split()[-1]
-        feature = direction(word, 16)
+        feature = direction(word, 16).clone()
         if word in ("she", "he", "woman", "man"):  # she and he alike, but for gender and a little
             feature = 0.1 * feature + unit(16, seed=int(word in ("she", "he"))).float()
         feature[0] = 2.0 * GENDERED.get(word, 0)

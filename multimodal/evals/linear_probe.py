@@ -18,6 +18,7 @@ from multimodal import distributed
 from multimodal.evals import figures
 from multimodal.evals.accuracy import accuracies
 from multimodal.evals.probes import Examples, Probe
+from multimodal.evals.threads import one_thread
 from multimodal.evals.zero_shot import confusion_counts
 from multimodal.parts import Report
 
@@ -65,12 +66,11 @@ def fit(
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     features = features.double()
     centre = features.mean(dim=0)
     scale = max((features - centre).square().mean().sqrt().item(), 1e-12)
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore", ConvergenceWarning)  # with little regularisation max_iter is the end
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # one image of each
         found = LogisticRegression(C=c * scale**2, max_iter=max_iter, tol=tol)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal.evals.intervals import means
 from multimodal.evals.ranking import Matches, chance_metrics, ranked
+from multimodal.evals.threads import one_thread
 from multimodal.parts import Estimate
 
 TILE = 256
@@ -70,11 +71,10 @@ def separability(
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
-    from threadpoolctl import threadpool_limits
 
     features = torch.cat([x, y]).double().numpy()
     modality, pair = np.repeat([0, 1], len(x)), np.tile(np.arange(len(x)), 2)
-    with threadpool_limits(1):
+    with one_thread():
         told = cross_val_predict(
             LogisticRegression(max_iter=1000), features, modality, groups=pair, cv=GroupKFold(n_splits=folds)
         )
