@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from multimodal.cli import launch, plain, program
 from multimodal.config import TrainConfig, check
+from multimodal.repeats import repeated
 
 
 @program("train")
@@ -26,4 +27,4 @@ def main(composed: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, rewritten=repeated)

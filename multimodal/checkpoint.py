@@ -271,8 +271,7 @@ def load_state(folder: Path) -> TrainerState:
 def load_config(folder: Path) -> dict[str, Any]:
     """The configuration as data; ValueError, before anything else is read, if the folder is not what we write.
 
-    Refused are files that may hold code (pickles, Python), links that lead out of the folder, and YAML that is not
-    plain: tags that name classes, and aliases, which can make a small file fill the memory.
+    Refused are files that may hold code (pickles, Python), and links that lead out of the folder.
     """
     for path in folder.rglob("*"):
         if path.suffix.lower() in RUNNABLE:
@@ -282,6 +281,14 @@ def load_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     if not file.exists():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.yaml")
+    return read_config(file)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A configuration as data; ValueError where the YAML is not plain.
+
+    Refused are tags that name classes, and aliases, which can make a small file fill the memory.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

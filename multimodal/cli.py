@@ -87,7 +87,12 @@ def program(config: str) -> Callable[[Callable[[DictConfig], T]], Callable[[], A
     return decorate
 
 
-def launch(task: Callable[[], Any], verbatim: Sequence[str] = (), listed: str | None = None) -> None:
+def launch(
+    task: Callable[[], Any],
+    verbatim: Sequence[str] = (),
+    listed: str | None = None,
+    rewritten: Callable[[Sequence[str]], list[str]] = list,  # makes other words of those of the command line
+) -> None:
     """Run a program under Hydra's main; what users can mend is said in lines without traceback, with exit status 1.
 
     Values of `verbatim` keys are text as it stands: "classes=cat,dog" is not a sweep, and a path may hold anything.
@@ -95,7 +100,11 @@ def launch(task: Callable[[], Any], verbatim: Sequence[str] = (), listed: str | 
     """
     _start_logging()
     register_plugins()
-    words = sys.argv[1:] if listed is None else _gathered(sys.argv[1:], listed)
+    try:
+        words = rewritten(sys.argv[1:])
+    except TO_MEND as error:
+        _refuse(str(error))
+    words = words if listed is None else _gathered(words, listed)
     sys.argv[1:] = [_quoted(word, verbatim) for word in words]
     overrides = (place for place, word in enumerate(sys.argv) if place and "=" in word and not word.startswith("-"))
     place = next(overrides, len(sys.argv))
@@ -146,11 +155,15 @@ def _quoted(word: str, verbatim: Sequence[str]) -> str:
 
 def _literal(value: str) -> str:
     """Text in quotes, as Hydra and OmegaConf read it."""
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: backslashes count where an interpolation follows
     escaped = re.sub(
-        r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), literal
+        r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), not_interpolated(value)
     )  # Hydra: a quote
     return f"'{escaped}'"
+
+
+def not_interpolated(text: str) -> str:
+    """Text as OmegaConf reads it: backslashes count where an interpolation would follow."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _gathered(words: Sequence[str], key: str) -> list[str]:

@@ -65,6 +65,8 @@ class RunSection(Section):
     """The folder below `paths.runs`; the same name continues the same run."""
     fresh: bool
     """Start over: what the run's folder holds is deleted first."""
+    repeat: str | None = Field(default=None, min_length=1)
+    """The name or folder of a run whose stored settings this one starts from, to do the same again."""
 
 
 class PathsSection(Section):

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -50,10 +51,27 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "packages": {d.name: d.version for d in distributions() if d.name},
     }
+
+
+NOT_COMPARED = ("time", "command", "cpus")
+"""Facts that say nothing of what is computed."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The facts that are not the same at two starts, by dotted path; None is what was not recorded, or is not there."""
+    for key in dict.fromkeys([*old, *new]):
+        was, is_now = old.get(key), new.get(key)
+        if key in NOT_COMPARED or was == is_now:
+            continue
+        if isinstance(was, Mapping) and isinstance(is_now, Mapping):
+            yield from ((f"{key}.{path}", before, after) for path, before, after in differences(was, is_now))
+        else:
+            yield key, str(was), str(is_now)
 
 
 def uncommitted() -> str:

@@ -1,9 +1,10 @@
 """A run's directory: what it holds decides where a command continues, and whether it may."""
 
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from multimodal.files import write_json
 
 logger = logging.getLogger(__name__)
 
-CONFIG, ENVIRONMENT, DIFF = "config.yaml", "environment.json", "uncommitted.diff"
+CONFIG, ENVIRONMENT, DIFF, REPEAT = "config.yaml", "environment.json", "uncommitted.diff", "repeat.json"
+
+ROUNDING = ("duration", "micro_batch_size", "sharding", "compile", "deterministic")
+"""Settings that are no part of a run's identity, and may change its numbers: by rounding, or by how long it is."""
 
 
 @contextmanager
@@ -91,20 +95,68 @@ def continued(config: TrainConfig, old: TrainerState, new: TrainerState) -> Trai
     return old.model_copy(update=update)
 
 
-def prepare(config: TrainConfig, step: int) -> dict[str, Any]:
-    """Make the folder ready for a start after this step, emptied if asked to; what was written down about the start."""
+def prepare(config: TrainConfig, step: int, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the folder ready for a start after this step, emptied if asked to.
+
+    What was written down about the start, with `more` facts that are known of it. If it repeats a run, what is not the
+    same is said and written down too.
+    """
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     if config.run.fresh:
         _empty(folder)
     checkpoint.set_aside(folder, step)
     (folder / CONFIG).write_text(config_text(config))
-    facts = provenance.facts()
+    facts = {**provenance.facts(), **more}
     environment = folder / ENVIRONMENT
-    starts = json.loads(environment.read_text()) if environment.exists() else []
-    write_json(environment, [*starts, facts])
+    write_json(environment, [*_starts(environment), facts])
     (folder / DIFF).write_text(provenance.uncommitted())
+    if config.run.repeat is not None:
+        _tell_differences(config, facts, Path(config.run.repeat))
     return facts
+
+
+def _tell_differences(config: TrainConfig, facts: Mapping[str, Any], original: Path) -> None:
+    found = [{"what": what, "was": was, "is": now} for what, was, now in not_the_same(config, facts, original)]
+    write_json(config.folder / REPEAT, {"of": str(original), "not_the_same": found})
+    told = [f"  {one['what']}: {one['was']} -> {one['is']}" for one in found]
+    same = "settings, code, versions, threads and data are the same"
+    logger.info("%s", "\n".join([f"repeats {original}; {'not the same:' if told else same}", *told]))
+
+
+def not_the_same(
+    config: TrainConfig, facts: Mapping[str, Any], original: Path
+) -> Iterator[tuple[str, str, str]]:  # what, as it was, as it is
+    """Where this start differs from the last one of the original in what is computed, as far as that was recorded."""
+    stored = checkpoint.read_config(original / CONFIG)
+    for path, change in changed_identity(stored, config):
+        was, _, now = change.partition(" -> ")
+        yield path, was, now
+    settings = config.model_dump(mode="json", include=set(ROUNDING))
+    for path in ROUNDING:
+        if stored.get(path, settings[path]) != settings[path]:
+            yield path, str(stored[path]), str(settings[path])
+    starts = _starts(original / ENVIRONMENT)
+    if any(True for start in starts for _ in provenance.differences(start, starts[-1])):
+        yield "starts", f"{len(starts)}, not all alike; the last counts here", "1"
+    yield from provenance.differences(starts[-1] if starts else {}, facts)
+    before, after = (_digest(folder / DIFF) for folder in (original, config.folder))
+    if before != after:
+        yield "uncommitted changes", before, after
+
+
+def _starts(file: Path) -> list[dict[str, Any]]:
+    """What was written down about each; nothing where that cannot be read."""
+    try:
+        starts = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
+def _digest(file: Path) -> str:
+    text = file.read_bytes() if file.exists() else b""
+    return hashlib.sha256(text).hexdigest()[:16] if text else "none"
 
 
 def _empty(folder: Path) -> None:

@@ -31,6 +31,7 @@ from multimodal.checkpoint import TrainerState
 from multimodal.clock import Clock
 from multimodal.compiling import compile_towers, failing_is_explained, graph_breaks
 from multimodal.config import TrainConfig
+from multimodal.data.fingerprint import fingerprint
 from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.ema import Ema
@@ -192,7 +193,7 @@ class Trainer:
         )
 
     def _open_log(self) -> None:
-        facts = run_folder.prepare(self.config, self.state.step)
+        facts = run_folder.prepare(self.config, self.state.step, self._facts())
         if self.state.best_step in checkpoint.steps(self.folder):
             checkpoint.mark_best(self.folder, self.state.best_step)  # a kill may have come before it
         self.log = RunLog(self.folder, self.state.log_bytes)
@@ -209,6 +210,15 @@ class Trainer:
             logger.info("%s", self.initialised)
         if self.state.step:
             logger.info("continues after step %d of %d", self.state.step, self.state.total_steps)
+
+    def _facts(self) -> dict[str, Any]:
+        """What may be otherwise at another start, and is known here only."""
+        return {
+            "device": self.device.type,
+            "precision": self.state.precision,
+            "ranks": distributed.world_size(),
+            "data": fingerprint(self.source),
+        }
 
     def _already_finished(self) -> dict[str, Any]:
         logger.info("run %s is finished, at step %d; run.fresh=true starts it over", self.folder, self.state.step)

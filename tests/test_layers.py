@@ -46,7 +46,7 @@ LAYERS = (
     ),
     ("export",),
     ("dry_run", "kept_features", "plan", "report", "trainer"),
-    ("api", "cli", "comparison", "inventory"),
+    ("api", "cli", "comparison", "inventory", "repeats"),
     ("adapters", "embeddings", "subjects"),
     ("__init__",),
 )
