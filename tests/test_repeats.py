@@ -202,5 +202,3 @@ def test_a_command_repeats_a_run_to_the_bit(tmp_path: Path) -> None:
     first, second = (stored(tmp_path / "runs" / name) for name in ("tiny", "tiny-repeat"))
     at = {"paths": first.paths.model_copy(update={"runs": str(tmp_path / "runs")})}
     assert_same_run(first.model_copy(update=at), second.model_copy(update=at))
-    said = train("run.repeat=tiny", "seed=2", "run.name=other")
-    assert "seed: 1 -> 2" in said
