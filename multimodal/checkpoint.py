@@ -78,6 +78,11 @@ class TrainerState(BaseModel):
     checksums: bool = False
     """Whether they were written beside it, which older versions did not do."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to take, and no evaluation to make."""
+        return self.step >= self.total_steps and self.evaluated
+
     def improves(self, value: float, mode: Literal["max", "min"]) -> bool:
         """Whether a value at this step is the best so far, which is noted; what is no number never is."""
         sign = 1 if mode == "max" else -1

@@ -1,6 +1,5 @@
 """What our programs share: Hydra composes, problems are shown without a traceback, rank 0 writes to the terminal."""
 
-import hashlib
 import logging
 import os
 import re
@@ -27,11 +26,11 @@ from multimodal.config import ConfigError, DamagedCheckpoint, RunError
 from multimodal.interop import config_source
 from multimodal.parts import BadSample
 from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced, did_you_mean
+from multimodal.run_names import run_name
 
 T = TypeVar("T")
 
 CONF = Path(__file__).parent.parent / "conf"
-MAX_NAME = 100
 TO_MEND = (ConfigError, DamagedCheckpoint, RunError, BadSample)
 """What users can mend: told in lines, without a traceback."""
 
@@ -150,10 +149,10 @@ def _quoted(word: str, verbatim: Sequence[str]) -> str:
     key, given, value = word.partition("=")
     if not given or key not in verbatim or value in ("", "null") or re.fullmatch(r"'.+'|\".+\"|\[.*\]", value, re.S):
         return word
-    return f"{key}={_literal(value)}"
+    return f"{key}={literal(value)}"
 
 
-def _literal(value: str) -> str:
+def literal(value: str) -> str:
     """Text in quotes, as Hydra and OmegaConf read it."""
     escaped = re.sub(
         r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), not_interpolated(value)
@@ -176,7 +175,7 @@ def _gathered(words: Sequence[str], key: str) -> list[str]:
         (kept if option or override else gathered).append(word)
     if gathered and any(word.startswith(f"{key}=") for word in kept):
         _refuse(str(ConfigError([(key, f"given twice: as {key}=, and as {' '.join(gathered)}")])))
-    return [*kept, f"{key}=[{','.join(map(_literal, gathered))}]"] if gathered else kept
+    return [*kept, f"{key}=[{','.join(map(literal, gathered))}]"] if gathered else kept
 
 
 def _retell(message: str) -> tuple[str, str]:
@@ -206,19 +205,10 @@ class _TerminalHandler(logging.Handler):
 
 def plain(composed: DictConfig) -> dict[str, Any]:
     """What Hydra composed as plain data, interpolations resolved, missing values still "???"."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith(("run.", "paths.", "experiment="))]
-        named = any(o.startswith("run.name=") for o in HydraConfig.get().overrides.task)
-        if overrides and not named:
-            OmegaConf.update(composed, "run.name", f"{composed.run.name}-{safe_name(overrides)}")
+    named = isinstance(composed.get("run"), DictConfig)
+    if named and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        overrides = list(HydraConfig.get().overrides.task)
+        OmegaConf.update(composed, "run.name", run_name(composed.run.name, overrides, sys.argv))
     data = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
-
-
-def safe_name(overrides: Sequence[str]) -> str:
-    """Overrides as one file name, "optimizer.lr=0.001-seed=2"; where that is too long it ends in a hash."""
-    name = "-".join(re.sub(r"[^\w.=+-]+", "_", override).strip("_") for override in overrides)
-    if len(name) <= MAX_NAME:
-        return name
-    return f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multimodal import distributed
 from multimodal.config import RunError
-from multimodal.data.loader import lost_worker
+from multimodal.data.loader import STOP_SIGNALS, lost_worker
 from multimodal.units import Timeout
 
 FIRST_BROKEN = 100
@@ -20,10 +20,11 @@ PATIENCE = 2.0
 
 
 class StopSignal:
-    """SIGTERM or SIGINT, which is noted; a second one is a KeyboardInterrupt."""
+    """One of `STOP_SIGNALS`, which is noted; a second one is a KeyboardInterrupt."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self.came: float | None = None  # when
+        self.then = then
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -34,8 +35,9 @@ class StopSignal:
             if self.came is not None and now - self.came > PATIENCE:
                 raise KeyboardInterrupt
             self.came = self.came or now
+            self.then()
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
         try:
             yield
         finally:

@@ -13,13 +13,18 @@ import yaml
 
 from multimodal import checkpoint, provenance, run_lock
 from multimodal.checkpoint import TrainerState
-from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity
+from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity, check
 from multimodal.files import write_json
+from multimodal.tracker import SUMMARY
 
 logger = logging.getLogger(__name__)
 
 CONFIG, ENVIRONMENT, DIFF, REPEAT = "config.yaml", "environment.json", "uncommitted.diff", "repeat.json"
 
+FINISHED = ("finished", "stopped early")
+"""What the summary of a run says that has nothing left to do."""
+EXTENDS = ("duration",)
+"""Settings with which a finished run may go on."""
 ROUNDING = ("duration", "micro_batch_size", "sharding", "compile", "deterministic")
 """Settings that are no part of a run's identity, and may change its numbers: by rounding, or by how long it is."""
 
@@ -46,6 +51,20 @@ def find_last(config: TrainConfig) -> Path | None:
     if changed := changed_identity(checkpoint.load_config(last), config):
         refuse(config, changed)
     return last
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether a start would find nothing to do, by what the folder says alone; where that is not sure, it is not."""
+    folder = config.folder
+    try:
+        if config.run.fresh or config.dry_run or json.loads((folder / SUMMARY).read_text())["status"] not in FINISHED:
+            return False
+        last = checkpoint.find(folder)
+        stored, state = check(checkpoint.load_config(last), TrainConfig), checkpoint.load_state(last)
+    except (OSError, ValueError, KeyError, TypeError):  # what is wrong is told when the run starts
+        return False
+    same = all(getattr(stored, key) == getattr(config, key) for key in EXTENDS)
+    return state.is_over and same and not changed_identity(stored.model_dump(mode="json"), config)
 
 
 def _holds_something(folder: Path) -> bool:

@@ -86,7 +86,7 @@ class Trainer:
         try:
             with losses_are_explained(self.config.timeout):
                 self._assemble(distributed.on_first_rank(run_folder.opening(self.folder)(self._open_folder)))
-            if self.state.step >= self.state.total_steps and self.state.evaluated:
+            if self.state.is_over:
                 return distributed.on_first_rank(self._already_finished)
             return self._train()
         finally:

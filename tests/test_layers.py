@@ -42,12 +42,13 @@ LAYERS = (
         "results",
         "results_table",
         "run_folder",
+        "run_names",
         "saving",
     ),
     ("export",),
     ("dry_run", "kept_features", "plan", "report", "trainer"),
     ("api", "cli", "comparison", "inventory", "repeats"),
-    ("adapters", "embeddings", "subjects"),
+    ("adapters", "embeddings", "grids", "subjects"),
     ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}

@@ -20,6 +20,8 @@ from multimodal.data.order import Batches, Position
 from multimodal.parts import BadSample, Preprocessor, Source
 
 MAX_ATTEMPTS = 100
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""What ends a run after its step: from a user, a machine that goes down, or Slurm by way of submitit."""
 
 T = TypeVar("T")
 
@@ -100,8 +102,8 @@ def _collate(rows: list[_Row]) -> Batch:
 
 def _quiet_worker(_: int) -> None:
     """Leave stop signals to the main process, which still wants this worker's batches while it saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:

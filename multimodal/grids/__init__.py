@@ -1,0 +1,1 @@
+"""Grids of runs: `train.py -m`, on one machine or on a cluster."""
