@@ -15,6 +15,7 @@ import torch
 
 from multimodal import checkpoint, distributed
 from multimodal.config import EVAL, ConfigError, ModelSection, TrainConfig, TrainedConfig, Weights, check
+from multimodal.data.first import First
 from multimodal.data.loader import Reader
 from multimodal.encoder import Encoder
 from multimodal.model import Model
@@ -112,6 +113,8 @@ def open_source(config: TrainConfig, problems: Problems) -> Source | None:
     source = None
     with problems.at("dataset"):
         source = config.dataset.build(Path(config.paths.datasets))
+        if config.max_samples is not None:
+            source = First(source, config.max_samples)
         if len(source) < config.global_batch_size:
             have, batch = f"{len(source):,} samples", config.global_batch_size
             raise ValueError(f"has {have}, fewer than one batch of global_batch_size={batch}")

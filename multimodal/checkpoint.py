@@ -26,6 +26,7 @@ from multimodal.data.loader import Reader
 from multimodal.ema import Ema
 from multimodal.files import from_yaml
 from multimodal.model import Model
+from multimodal.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,10 @@ class TrainerState(BaseModel):
     """Its best value so far."""
     best_step: int | None = None
     """The step that had it."""
+    patience: Patience = Patience()
+    """Whether what the run may stop early for becomes better."""
+    stopped_early: bool = False
+    """Whether it did not, for as long as was asked for."""
     broken: int = 0
     """Samples replaced so far."""
     truncated: int = 0
@@ -79,9 +84,21 @@ class TrainerState(BaseModel):
     """Whether they were written beside it, which older versions did not do."""
 
     @property
+    def is_last(self) -> bool:
+        """Whether no step is left to take."""
+        return self.stopped_early or self.step >= self.total_steps
+
+    @property
     def is_over(self) -> bool:
         """Whether no step is left to take, and no evaluation to make."""
-        return self.step >= self.total_steps and self.evaluated
+        return self.is_last and self.evaluated
+
+    @property
+    def status(self) -> str:
+        """What the summary says of a run that has ended without an error."""
+        if self.stopped_early and self.step < self.total_steps:
+            return "stopped early"
+        return "finished" if self.is_last else "stopped"
 
     def improves(self, value: float, mode: Literal["max", "min"]) -> bool:
         """Whether a value at this step is the best so far, which is noted; what is no number never is."""

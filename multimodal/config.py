@@ -122,6 +122,28 @@ class CheckpointSection(Section):
     """Write while training goes on, from a copy of weights and optimizer in memory; false waits, without a copy."""
 
 
+class EarlyStopSection(Section):
+    """Ending a run before its duration, when a metric no longer becomes better.
+
+    Until then the run is the one that it would have been, so nothing of this is identity. A run that has stopped goes
+    on with a larger patience.
+    """
+
+    metric: str | None = None
+    """Such as eval/shapes/top1; null trains to the end."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less of it is better."""
+    patience: int = Field(default=5, gt=0)
+    """Evaluations in a row without a better value, after which the run ends."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """A value has to be better than the best by more than this."""
+
+    @property
+    def of(self) -> str | None:
+        """What is waited for, without how long."""
+        return None if self.metric is None else f"{self.metric} {self.mode} {self.min_delta}"
+
+
 class LogSection(Section):
     """What is written down while training."""
 
@@ -171,16 +193,29 @@ def _ranks_divide_the_batch(config: "TrainConfig") -> Findings:
         yield "global_batch_size", f"{config.global_batch_size} is not divisible by the {ranks} ranks"
 
 
-def _best_is_evaluated(config: "TrainConfig") -> Findings:
-    best = config.checkpoint.best
-    if best is None:
-        return
+def metrics_of(config: "TrainConfig") -> dict[str, Cadence]:
+    """Of evaluations, by name, and how often they are found."""
     kinds: list[Weights] = ["raw"] if config.ema.decay is None else ["raw", "ema"]
-    found = [f"{name}/{metric}" for name, part in config.evals.items() for metric in part.metrics]
-    metrics = [f"{EVAL[kind]}/{metric}" for kind in kinds for metric in found]
-    if best not in metrics:
-        hint = did_you_mean(best, metrics) or f" There are: {', '.join(metrics) or 'none'}."
-        yield "checkpoint.best", f"'{best}' is not a metric of an evaluation.{hint}"
+    parts = config.evals.items()
+    return {f"{EVAL[k]}/{name}/{metric}": part.every for k in kinds for name, part in parts for metric in part.metrics}
+
+
+def _best_is_evaluated(config: "TrainConfig") -> Findings:
+    yield from _is_evaluated("checkpoint.best", config.checkpoint.best, config)
+
+
+def _early_stop_is_evaluated(config: "TrainConfig") -> Findings:
+    metric = config.early_stop.metric
+    yield from _is_evaluated("early_stop.metric", metric, config)
+    if metric is not None and (every := metrics_of(config).get(metric)) is not None and every.unit == "never":
+        yield "early_stop.metric", f"evals.{metric.split('/')[1]}.every=never: it is found only when the run is over"
+
+
+def _is_evaluated(path: str, metric: str | None, config: "TrainConfig") -> Findings:
+    known = list(metrics_of(config))
+    if metric is not None and metric not in known:
+        hint = did_you_mean(metric, known) or f" There are: {', '.join(known) or 'none'}."
+        yield path, f"'{metric}' is not a metric of an evaluation.{hint}"
 
 
 def _evaluations_find_their_towers(config: "TrainConfig") -> Findings:
@@ -233,6 +268,7 @@ class TrainConfig(Config):
         _duration_is_not_zero,
         _ranks_divide_the_batch,
         _best_is_evaluated,
+        _early_stop_is_evaluated,
         _evaluations_find_their_towers,
         _kept_features_stay_the_same,
         _scale_below_its_limit,
@@ -285,6 +321,8 @@ class TrainConfig(Config):
     """Terms, added up by their weights."""
     dataset: Dataset
     """What is trained on."""
+    max_samples: int | None = Field(default=None, ge=2)
+    """Train on the first so many samples of it only; null for all."""
     augment: Augment
     """Random changes to training images."""
     optimizer: Optimizer
@@ -293,6 +331,7 @@ class TrainConfig(Config):
     evals: Operational[dict[str, Eval]]
     """By name."""
     checkpoint: Operational[CheckpointSection]
+    early_stop: Operational[EarlyStopSection] = EarlyStopSection()
     log: Operational[LogSection]
     tracker: Operational[Tracker]
     """Mirrors the log."""

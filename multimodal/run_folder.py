@@ -13,7 +13,7 @@ import yaml
 
 from multimodal import checkpoint, provenance, run_lock
 from multimodal.checkpoint import TrainerState
-from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity, check
+from multimodal.config import ConfigError, DamagedCheckpoint, RunError, TrainConfig, changed_identity
 from multimodal.files import write_json
 from multimodal.tracker import SUMMARY
 
@@ -23,7 +23,7 @@ CONFIG, ENVIRONMENT, DIFF, REPEAT = "config.yaml", "environment.json", "uncommit
 
 FINISHED = ("finished", "stopped early")
 """What the summary of a run says that has nothing left to do."""
-EXTENDS = ("duration",)
+EXTENDS = {"duration", "early_stop"}
 """Settings with which a finished run may go on."""
 ROUNDING = ("duration", "micro_batch_size", "sharding", "compile", "deterministic")
 """Settings that are no part of a run's identity, and may change its numbers: by rounding, or by how long it is."""
@@ -60,11 +60,12 @@ def is_finished(config: TrainConfig) -> bool:
         if config.run.fresh or config.dry_run or json.loads((folder / SUMMARY).read_text())["status"] not in FINISHED:
             return False
         last = checkpoint.find(folder)
-        stored, state = check(checkpoint.load_config(last), TrainConfig), checkpoint.load_state(last)
+        stored, state = checkpoint.load_config(last), checkpoint.load_state(last)
     except (OSError, ValueError, KeyError, TypeError):  # what is wrong is told when the run starts
         return False
-    same = all(getattr(stored, key) == getattr(config, key) for key in EXTENDS)
-    return state.is_over and same and not changed_identity(stored.model_dump(mode="json"), config)
+    now = config.model_dump(mode="json", include=EXTENDS)
+    same = all(stored.get(key, now[key]) == now[key] for key in EXTENDS)
+    return state.is_over and same and not changed_identity(stored, config)
 
 
 def _holds_something(folder: Path) -> bool:
@@ -111,7 +112,9 @@ def continued(config: TrainConfig, old: TrainerState, new: TrainerState) -> Trai
     update: dict[str, Any] = {"total_steps": new.total_steps}
     if old.best_of != new.best_of:
         update |= {"best_of": new.best_of, "best": None, "best_step": None}
-    return old.model_copy(update=update)
+    patience = old.patience if old.patience.of == new.patience.of else new.patience
+    enough = new.patience.of is not None and patience.waited >= config.early_stop.patience
+    return old.model_copy(update={**update, "patience": patience, "stopped_early": enough})
 
 
 def prepare(config: TrainConfig, step: int, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The loop: data, step, log, evaluate, save. It has no settings of its own."""
 
-import json
 import logging
 import math
 import secrets
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,25 +35,23 @@ from multimodal.data.loader import training_batches
 from multimodal.data.order import Batches
 from multimodal.ema import Ema
 from multimodal.endings import StopSignal, losses_are_explained, require_few_broken, require_replayed
-from multimodal.evals import figures
-from multimodal.files import write_json
 from multimodal.interop.weights import Report as Initialised
 from multimodal.interop.weights import checkpoint_of, initialise
+from multimodal.journal import Journal
 from multimodal.kept_features import check_kept_features, keep_features
 from multimodal.losses.targets import share_of_duplicates
 from multimodal.memory import check_micro_batches, kept_micro_batch, running_out_is_explained
 from multimodal.not_finite import NotFinite
 from multimodal.optim import parameter_groups
-from multimodal.parts import Report, RunInfo, Sources
+from multimodal.parts import Report, Sources
+from multimodal.patience import Patience
 from multimodal.profiling import profiled, span
 from multimodal.progress import Progress
-from multimodal.results import FIGURES, TRAINING_CURVES, estimates, folder_of, write_figures, write_numbers
 from multimodal.run_lock import RunLock
 from multimodal.saving import Saver
 from multimodal.sharding import is_sharded
 from multimodal.step import replay_tolerance, training_step
 from multimodal.towers.batch_norm import check_batch_norms
-from multimodal.tracker import METRICS, SUMMARY, RunLog
 from multimodal.units import Cadence
 
 logger = logging.getLogger(__name__)
@@ -69,9 +66,9 @@ class Trainer:
         self.device = device_of(config.device)
         be_deterministic(config.deterministic)
         self.first = distributed.rank() == 0
-        self.lock: RunLock | None = None  # on the first rank, as is the log
-        self.log: RunLog | None = None  # once it trains
+        self.lock: RunLock | None = None  # on the first rank
         self.initialised: Initialised | None = None  # what became of init.weights, in a new run
+        self.journal = Journal(config)
         self.clock = Clock()
         self.stop_signal = StopSignal()
         self.not_finite = NotFinite(config.global_batch_size // distributed.world_size(), self.device)
@@ -87,7 +84,7 @@ class Trainer:
             with losses_are_explained(self.config.timeout):
                 self._assemble(distributed.on_first_rank(run_folder.opening(self.folder)(self._open_folder)))
             if self.state.is_over:
-                return distributed.on_first_rank(self._already_finished)
+                return distributed.on_first_rank(lambda: self.journal.already_over(self.state))
             return self._train()
         finally:
             if self.lock is not None:
@@ -108,16 +105,14 @@ class Trainer:
                 closing(self._batches()) as batches,
             ):
                 self._loop(batches)
-            status = "finished" if self.state.step == self.state.total_steps else "stopped"
-            summary = distributed.on_first_rank(lambda: self._summarise(status))
+            summary = distributed.on_first_rank(lambda: self.journal.summarise(self.state, self.state.status))
             exit_code = 0
             return summary
         except BaseException:
-            self._note_failure()
+            self.journal.failed(self.state)
             raise
         finally:
-            if self.log is not None:
-                self.log.close(exit_code)
+            self.journal.close(exit_code)
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -164,6 +159,7 @@ class Trainer:
             precision=self.assembled.precision,
             total_steps=total_steps,
             best_of=f"{config.checkpoint.best} {config.checkpoint.mode}",
+            patience=Patience(of=config.early_stop.of),
         )
         if last is not None:
             self.state = run_folder.continued(config, checkpoint.load_state(last), self.state)
@@ -193,42 +189,15 @@ class Trainer:
         )
 
     def _open_log(self) -> None:
-        facts = run_folder.prepare(self.config, self.state.step, self._facts())
-        if self.state.best_step in checkpoint.steps(self.folder):
-            checkpoint.mark_best(self.folder, self.state.best_step)  # a kill may have come before it
-        self.log = RunLog(self.folder, self.state.log_bytes)
-        self.log.summarise({"id": self.state.run_id, "status": "running"}, None, "max")
-        stored = {**self.config.model_dump(mode="json"), "environment": facts}
-        info = RunInfo(self.config.run.name, self.state.run_id, self.folder, stored, self.log.rows)
-        self.log.start(self.config.tracker, info)
-        parameters = ", ".join(f"{name} {count:,}" for name, count in self.model.num_parameters().items())
         ranks = distributed.world_size()
         where = f"{self.device} in {self.state.precision}" + (f", {ranks} processes" if ranks > 1 else "")
-        logger.info("run %s on %s; parameters: %s", self.folder, where, parameters)
-        if self.initialised is not None:
-            write_json(self.folder / "init.json", self.initialised.as_dict())
-            logger.info("%s", self.initialised)
-        if self.state.step:
-            logger.info("continues after step %d of %d", self.state.step, self.state.total_steps)
-
-    def _facts(self) -> dict[str, Any]:
-        """What may be otherwise at another start, and is known here only."""
-        return {
+        facts = {  # what may be otherwise at another start
             "device": self.device.type,
             "precision": self.state.precision,
-            "ranks": distributed.world_size(),
+            "ranks": ranks,
             "data": fingerprint(self.source),
         }
-
-    def _already_finished(self) -> dict[str, Any]:
-        logger.info("run %s is finished, at step %d; run.fresh=true starts it over", self.folder, self.state.step)
-        stored = self.folder / SUMMARY
-        summary: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
-        if summary.get("status") != "finished":  # killed after its last checkpoint
-            self.log = RunLog(self.folder, self.state.log_bytes)
-            summary = self._summarise("finished")
-            self.log.close(exit_code=0)
-        return summary
+        self.journal.open(self.state, self.model.num_parameters(), where, facts, self.initialised)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +210,7 @@ class Trainer:
         with progress, profiled(wanted, self.folder, self.device) as profile:
             if not state.evaluated:
                 self._evaluate_and_save(save_is_due=False)
-            while state.step < state.total_steps:
+            while not state.is_last:
                 with span("data"), self.clock.waiting():
                     batch = next(batches)
                     batch = replace(batch, lengths=self._lengths(batch)).to(self.device)
@@ -258,7 +227,7 @@ class Trainer:
 
                 with span("vote"):
                     stopping, save_is_due = self._vote(batch)
-                if self._is_last() or self._due(config.log.every):
+                if self.state.is_last or self._due(config.log.every):
                     with span("log"):
                         measured["duplicate_captions"] = share_of_duplicates(distributed.gather(batch.ids["caption"]))
                         self._log_training(measured, lr, progress)
@@ -271,7 +240,7 @@ class Trainer:
                 if stopping:
                     break
         self.saver.wait()
-        if state.step < state.total_steps:
+        if not state.is_last:
             logger.info("stopped by a signal after step %d; the same command continues", state.step)
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
@@ -344,29 +313,26 @@ class Trainer:
         if self.scaler is not None:
             values["train/skipped_updates"] = float(self.skipped)
             self.skipped.zero_()
-        self._write(values)
+        self.journal.write(state.step, values)
         progress.tell(values["train/loss"], values["train/samples_per_s"])
         self.clock = Clock()
 
-    def _write(self, values: dict[str, float]) -> None:
-        if self.log is not None:
-            self.log.write(self.state.step, self.state.step * self.config.global_batch_size, values)
-
     # --- evaluate and save ------------------------------------------------------------------------------------------
-
-    def _is_last(self) -> bool:
-        return self.state.step == self.state.total_steps
 
     def _due_evaluations(self) -> dict[str, Evaluation]:
         parts = self.config.evals
-        return {name: run for name, run in self.evaluations.items() if self._is_last() or self._due(parts[name].every)}
+        return {
+            name: run for name, run in self.evaluations.items() if self.state.is_last or self._due(parts[name].every)
+        }
 
     def _evaluate_and_save(self, save_is_due: bool) -> None:
         """The end of a step; a run continues here if it was saved before it came to its evaluations."""
         due = self._due_evaluations()
         improved = self._evaluate(due) if due else False
+        if rest := self._due_evaluations().keys() - due.keys():  # it has just become the last step
+            improved |= self._evaluate({name: self.evaluations[name] for name in rest})
         self.state.evaluated = True
-        if improved or save_is_due or self._is_last():
+        if improved or save_is_due or self.state.is_last:
             self._save(improved)
 
     def _evaluate(self, due: dict[str, Evaluation]) -> bool:
@@ -380,61 +346,31 @@ class Trainer:
                     with self.ema.in_place(weights):
                         reports |= evaluate(due, self.encoder, weights)
             except Exception:
-                if self.log is not None and not is_sharded(self.model):  # to gather takes all ranks
-                    self.saver.save_alone(self._stored_state(), self.ema, self.optimizer, self.log)
+                if self.journal.log is not None and not is_sharded(self.model):  # to gather takes all ranks
+                    self.saver.save_alone(self._stored_state(), self.ema, self.optimizer, self.journal.log)
                 raise
-            values = {key: found.value for key, found in estimates(reports).items()}
-            self._write(values)
-            logger.info("step %d: %s", self.state.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-            if self.log is not None:
-                with self._pictures_may_fail():
-                    write_numbers(reports, folder_of(self.folder, self.state.step))
-                    for name, path in write_figures(reports, self.folder / FIGURES):
-                        self.log.figure(self.state.step, name, path)
+            values = self.journal.evaluated(self.state.step, reports)
+        self._wait_no_longer(values)
         improved = best is not None and self.state.improves(values.get(best, math.nan), mode)
         return distributed.total(improved)[0] > 0
+
+    def _wait_no_longer(self, values: dict[str, float]) -> None:
+        """Note, on all ranks together, whether the run stops early."""
+        asked, state = self.config.early_stop, self.state
+        if asked.metric in values:
+            state.patience = state.patience.after(values[asked.metric], asked.mode, asked.min_delta)
+        enough = asked.metric is not None and state.patience.waited >= asked.patience
+        state.stopped_early = distributed.total(enough)[0] > 0
+        if state.stopped_early:
+            told = "step %d: %s was not better than %s for %d evaluations: the run stops early"
+            logger.info(told, state.step, asked.metric, state.patience.best, state.patience.waited)
 
     def _save(self, best: bool) -> None:
         self._require_sound()
         with span("save"), self.clock.paused():
-            self.saver.save(self._stored_state(), self.ema, self.optimizer, self.log, best)
+            self.saver.save(self._stored_state(), self.ema, self.optimizer, self.journal.log, best)
 
     def _stored_state(self) -> TrainerState:
         """With what is kept elsewhere while training."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
         return self.state.model_copy(update={"skipped_updates": int(self.skipped), "grad_scaler": scaler})
-
-    @contextmanager
-    def _pictures_may_fail(self) -> Iterator[None]:
-        """A full disk costs them only."""
-        try:
-            yield
-        except OSError as error:
-            logger.warning("a figure of step %d cannot be written: %s", self.state.step, error)
-
-    def _note_failure(self) -> None:
-        if self.log is not None:
-            try:
-                self._summarise("failed")
-            except Exception as error:  # a full disk, a library in the middle of its import: why it ended matters more
-                logger.warning("%s cannot be written: %s", self.folder / SUMMARY, error)
-
-    def _summarise(self, status: str) -> dict[str, Any]:
-        assert self.log is not None
-        settings = self.config.checkpoint
-        step = self.state.step  # the last row may be from before
-        facts = {
-            "id": self.state.run_id,
-            "status": status,
-            "step": step,
-            "samples": step * self.config.global_batch_size,
-        }
-        summary = self.log.summarise(facts, settings.best, settings.mode)
-        if rows := self.log.rows:
-            path = self.folder / FIGURES / f"{TRAINING_CURVES}.png"
-            with self._pictures_may_fail():
-                path.parent.mkdir(exist_ok=True)
-                figures.curves(rows).savefig(path, dpi=120)
-                self.log.figure(self.state.step, TRAINING_CURVES, path)
-        logger.info("%s at step %d: %s", status, self.state.step, self.folder / METRICS)
-        return summary

@@ -11,7 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from torch import Tensor
 
-from multimodal import trainer
+from multimodal import journal, trainer
 from multimodal.cli import CONF, plain, register_plugins
 from multimodal.config import TrainConfig, check
 
@@ -113,7 +113,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         def savefig(self, path: Path, dpi: int) -> None:
             path.write_bytes(b"")
 
-    monkeypatch.setattr(trainer.figures, "curves", lambda rows: Nothing())
+    monkeypatch.setattr(journal.figures, "curves", lambda rows: Nothing())
     monkeypatch.setattr(trainer.run_folder.provenance, "facts", dict)
 
 

@@ -29,7 +29,7 @@ import torch
 from conftest import TINY, composed
 from safetensors.torch import load_file
 
-from multimodal import checkpoint, trainer
+from multimodal import checkpoint, journal, trainer
 from multimodal.config import TrainConfig, check
 
 STEPS = 60
@@ -72,7 +72,7 @@ def begin(config: TrainConfig, log: Path) -> int:
         torch.set_num_threads(1)
         trainer.run_folder.provenance.facts = dict  # git, and figures, take longer than such a run
         trainer.run_folder.provenance.uncommitted = str
-        trainer.figures.curves = lambda _: Picture()
+        journal.figures.curves = lambda _: Picture()
         trainer.Trainer(config).run()
         log.with_suffix(".modules").write_text(json.dumps(sorted(sys.modules)))
         status = 0

@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, composed
 from programs import run_program
 
-from multimodal import subjects, trainer
+from multimodal import journal, run_folder, subjects
 from multimodal.cli import register_plugins
 from multimodal.config import ConfigError, TrainConfig, check
 from multimodal.trainer import Trainer
@@ -29,9 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two small runs, small_a and small_b, and one whose towers have other names."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.run_folder.provenance, "facts", dict)
-        patch.setattr(trainer, "write_figures", lambda *_: [])
-        patch.setattr(trainer.figures, "curves", lambda rows: SimpleNamespace(savefig=lambda path, dpi: None))
+        patch.setattr(run_folder.provenance, "facts", dict)
+        patch.setattr(journal, "write_figures", lambda *_: [])
+        patch.setattr(journal.figures, "curves", lambda rows: SimpleNamespace(savefig=lambda path, dpi: None))
         words = [word for word in TINY if not word.startswith(("evals=", "duration="))]
         raw = composed(*words, "duration=2steps", "evals=[shapes]", *SMALL, f"paths.runs={folder}")
         raw["run"]["name"] = "small_a"

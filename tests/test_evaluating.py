@@ -14,7 +14,7 @@ import torch
 from conftest import Interrupt, TinyConfig
 from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
 
-from multimodal import checkpoint, trainer
+from multimodal import checkpoint, journal, trainer
 from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
 from multimodal.parts import Encoder as EncoderContract
@@ -156,8 +156,8 @@ def test_a_picture_that_cannot_be_written_costs_nothing_else(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     config = evaluated(tiny_config())
-    monkeypatch.setattr(trainer, "write_figures", full)
-    monkeypatch.setattr(trainer.figures, "curves", full)
+    monkeypatch.setattr(journal, "write_figures", full)
+    monkeypatch.setattr(journal.figures, "curves", full)
     assert Trainer(config).run()["status"] == "finished"
     assert "a figure of step 2 cannot be written: [Errno 28] No space left on device" in caplog.text
     assert len([row for row in rows(config) if "eval/it/top1" in row]) == len(SCORES)

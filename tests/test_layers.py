@@ -14,7 +14,7 @@ import multimodal
 ROOT = Path(multimodal.__file__).parent
 FAMILIES = ("towers", "losses", "data", "evals")
 LAYERS = (
-    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "progress", "units"),
+    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "patience", "progress", "units"),
     ("resolve",),
     ("parts",),
     FAMILIES,
@@ -46,7 +46,7 @@ LAYERS = (
         "saving",
     ),
     ("export",),
-    ("dry_run", "kept_features", "plan", "report", "trainer"),
+    ("dry_run", "journal", "kept_features", "plan", "report", "trainer"),
     ("api", "cli", "comparison", "inventory", "repeats"),
     ("adapters", "embeddings", "grids", "subjects"),
     ("__init__",),

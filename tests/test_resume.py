@@ -11,6 +11,7 @@ from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_c
 from multimodal import checkpoint, trainer
 from multimodal.checkpoint import steps
 from multimodal.config import ConfigError, RunError, TrainConfig
+from multimodal.journal import Journal
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
 
@@ -94,7 +95,7 @@ def test_a_run_killed_behind_its_last_checkpoint_has_a_summary_when_it_is_run_ag
 ) -> None:
     config = tiny_config()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_summarise", lambda self, status: {})
+        patch.setattr(Journal, "summarise", lambda self, state, status: {})
         Trainer(config).run()
     summary = Trainer(config).run()
     assert summary["status"] == "finished"

@@ -22,6 +22,7 @@ from multimodal import checkpoint, run_lock
 from multimodal.checkpoint import TrainerState, find, load_state, steps
 from multimodal.config import RunError, TrainConfig
 from multimodal.ema import Ema
+from multimodal.journal import Journal
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report, Sources
 from multimodal.saving import Saver
@@ -191,18 +192,18 @@ def test_a_run_ends_when_its_last_write_has(
     tiny_config: TinyConfig, on_write: OnWrite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    mark, summarise = checkpoint.prune, Trainer._summarise
+    mark, summarise = checkpoint.prune, Journal.summarise
 
     def prune(run: Path, keep: int) -> None:
         mark(run, keep)
         events.append("written")
 
-    def summary(self: Trainer, status: str) -> dict[str, Any]:
+    def summary(self: Journal, state: TrainerState, status: str) -> dict[str, Any]:
         events.append(status)
-        return summarise(self, status)
+        return summarise(self, state, status)
 
     monkeypatch.setattr(checkpoint, "prune", prune)
-    monkeypatch.setattr(Trainer, "_summarise", summary)
+    monkeypatch.setattr(Journal, "summarise", summary)
     on_write(lambda _: time.sleep(0.3))
     Trainer(tiny_config()).run()
     assert events == ["written", "finished"]
