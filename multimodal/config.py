@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
+from multimodal.data.augment import Keep
 from multimodal.parts import (
     Augment,
     Dataset,
@@ -323,8 +324,8 @@ class TrainConfig(Config):
     """What is trained on."""
     max_samples: int | None = Field(default=None, ge=2)
     """Train on the first so many samples of it only; null for all."""
-    augment: Augment
-    """Random changes to training images."""
+    augment: Annotated[Augment, BeforeValidator(lambda value: Keep() if value is None else value)]
+    """Random changes to training images; null for none."""
     optimizer: Optimizer
     schedule: Schedule
     ema: EmaSection = EmaSection()
