@@ -39,7 +39,7 @@ PLACES = {
 GIVEN = "given.csv"
 NEEDED = {"sigmoid": ["model.logit_bias=-10.0"]}
 """What a choice asks of the rest of the configuration."""
-NO_PARTS = {"experiment", "sweep", "suite", "tuning", "architecture", "to", "hardware"}
+NO_PARTS = {"experiment", "sweep", "suite", "tuning", "architecture", "to", "hardware", "debug", "hydra"}
 CHOICES = [(group, choice) for group in PLACES for choice in FILES.get(group, [])]
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
 

@@ -63,7 +63,7 @@ def columns(runs: Sequence[Run]) -> list[Column]:
 
 
 def status(run: Run) -> str:
-    """Running, finished, stopped or failed, as the run said last."""
+    """Running, finished, stopped early, stopped or failed, as the run said last."""
     told = run.summary.get("status")
     return told if isinstance(told, str) and told else "evaluated only" if not run.rows and not run.config else NONE
 
