@@ -104,6 +104,7 @@ RULES = {
     "warmup": ("warmup", "9steps", "9steps is longer than duration=8steps"),
     "duration": ("duration", "0steps", "trains nothing"),
     "checkpoint.best": ("checkpoint.best", "eval/shapes/top1", "is not a metric of an evaluation. There are: none"),
+    "early_stop.metric": ("early_stop.metric", "eval/shapes/top1", "is not a metric of an evaluation. There are: none"),
     "model.logit_scale": ("model.logit_scale", 100.1, "is above max_logit_scale"),
     "log.every": ("log.every", "1minutes", "should be in steps, epochs or samples"),
 }
@@ -269,6 +270,7 @@ OPERATIONAL: dict[str, tuple[str, object]] = {
     "max_broken": ("max_broken", 0.5),
     "evals": ("evals", {"other": {"_target_": "multimodal.evals.retrieval.Retrieval"}}),
     "checkpoint": ("checkpoint.keep", 7),
+    "early_stop": ("early_stop.patience", 9),
     "log": ("log.every", "3steps"),
     "tracker": ("tracker", {"_target_": "somewhere.Else"}),
     "dry_run": ("dry_run", True),
@@ -284,6 +286,7 @@ IDENTITY: dict[str, tuple[str, object]] = {
     "towers": ("towers.text.tokenizer.vocab_size", 301),
     "loss": ("loss.infonce.weight", 2.0),
     "dataset": ("dataset.size", 32),
+    "max_samples": ("max_samples", 30),
     "augment": ("augment.flip", 0.5),
     "optimizer": ("optimizer.lr", 0.5),
     "schedule": ("schedule.final_lr", 0.5),
