@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -25,7 +25,8 @@ from multimodal import distributed
 from multimodal.config import ConfigError, DamagedCheckpoint, RunError
 from multimodal.interop import config_source
 from multimodal.parts import BadSample
-from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced, did_you_mean
+from multimodal.resolve import ENTRY_POINT_GROUP, allowed_packages, announced
+from multimodal.retold import retold
 from multimodal.run_names import run_name
 
 T = TypeVar("T")
@@ -114,25 +115,7 @@ def launch(
     except TO_MEND as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        path, text = _retell(str(error))
-        if unknown := re.match(r"Could not override '([^']+)'", text):
-            text += f".{did_you_mean(unknown[1], _keys_of(getattr(task, 'config', '')))}"
-        _refuse(str(ConfigError([(path, text)])))
-
-
-def _keys_of(config: str) -> list[str]:
-    """All keys, dotted, of a configuration in `conf/` as it is without overrides; for a hint."""
-
-    def keys(value: Any, path: str) -> Iterator[str]:
-        for key, inner in value.items() if isinstance(value, dict) else ():
-            yield f"{path}{key}"
-            yield from keys(inner, f"{path}{key}.")
-
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return list(keys(OmegaConf.to_container(hydra.compose(config)), ""))
-    except (HydraException, OmegaConfBaseException):
-        return []
+        _refuse(str(ConfigError([retold(str(error), CONF, getattr(task, "config", ""), sys.argv[1:])])))
 
 
 def _start_logging() -> None:
@@ -176,16 +159,6 @@ def _gathered(words: Sequence[str], key: str) -> list[str]:
     if gathered and any(word.startswith(f"{key}=") for word in kept):
         _refuse(str(ConfigError([(key, f"given twice: as {key}=, and as {' '.join(gathered)}")])))
     return [*kept, f"{key}=[{','.join(map(literal, gathered))}]"] if gathered else kept
-
-
-def _retell(message: str) -> tuple[str, str]:
-    """What Hydra says of a composition that failed, as one of our problems: (dotted path, text)."""
-    lines = [line.strip() for line in message.partition("Config search path:")[0].splitlines() if line.strip()]
-    path = next((line.split(": ", 1)[1] for line in lines if line.startswith("full_key: ")), "composition")
-    text = " ".join(line for line in lines if not line.startswith(("full_key: ", "object_type=")))
-    if match := re.search(r"Could not find '(?:[^']*/)?([^']+)'.*Available options in '[^']*': (.*)", text):
-        text += f".{did_you_mean(match[1], match[2].split())}"
-    return path, text
 
 
 def _refuse(message: str) -> NoReturn:

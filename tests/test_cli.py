@@ -3,11 +3,14 @@
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from multimodal.cli import CONF, _quoted, plain
+from multimodal.retold import retold
 
 NAMES = (
     "a${b}c",
@@ -55,3 +58,28 @@ def test_what_is_quoted_already_is_left_to_hydra(word: str, value: object) -> No
 @pytest.mark.parametrize("word", ["seed=1,2", "--help", "-m", "classes="])
 def test_other_words_are_left_to_hydra(word: str) -> None:
     assert _quoted(word, ("classes",)) == word
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evals=[cifar]"], ("evals", "there is no 'cifar'. Did you mean 'cifar10'?")),
+        (["evals=[xyz]"], ("evals", "there is no 'xyz'. There are: aro, cifar10, ")),
+        (
+            ["evals=[cifar10]", "evals.cifar10.classnames=null"],
+            ("evals.cifar10.classnames", "unknown key. Did you mean 'evals.cifar10.class_names'?"),
+        ),
+        (["paths.rns=x"], ("paths.rns", "unknown key. Did you mean 'paths.runs'?")),
+        (["suite=shape"], ("composition", "Did you mean 'shapes'?")),
+    ],
+)
+def test_what_cannot_be_composed_is_told_with_what_was_meant(words: list[str], told: tuple[str, str]) -> None:
+    with (
+        pytest.raises((HydraException, OmegaConfBaseException)) as error,
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        compose("evaluate", words)
+    path, text = retold(str(error.value), CONF, "evaluate", words)
+    assert path == told[0]
+    assert told[1] in text
+    assert "+" not in text

@@ -41,6 +41,7 @@ LAYERS = (
         "rehearsal",
         "results",
         "results_table",
+        "retold",
         "run_folder",
         "run_names",
         "saving",
