@@ -1,15 +1,18 @@
-"""List every part with its knobs: `scripts/parts.py [WORD]` shows those whose name or kind contains the word."""
+"""List every part with its knobs: `scripts/parts.py [WORD]` shows those whose name, kind or file contains the word."""
 
 import argparse
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from multimodal.cli import CONF
 from multimodal.resolve import Part, Section, allowed_packages
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "length >="}
@@ -34,12 +37,29 @@ def parts_by_kind() -> dict[str, list[type[Part]]]:
 
 
 def readable(kind: Any) -> str:
-    """A type in a few characters."""
-    if get_origin(kind) is Annotated:
-        return readable(get_args(kind)[0])
-    if get_origin(kind) in (tuple, list, dict):
-        return f"{get_origin(kind).__name__}[{', '.join(map(readable, get_args(kind)))}]"
+    """A type in a few characters, as its values are written in YAML."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return readable(inner[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(readable, inner))
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin is tuple and inner[1:] == (...,):
+        return f"list of {readable(inner[0])}"
+    if origin in (tuple, list, dict):
+        return f"{origin.__name__}[{', '.join(map(readable, inner))}]"
+    if kind is type(None):
+        return "null"
     return kind.__name__ if inspect.isclass(kind) else str(kind).replace("typing.", "")
+
+
+def presets(part: type[Part]) -> list[str]:
+    """Files below `conf/` that make one, as they are chosen: group=name."""
+    target = f"{part.__module__}.{part.__qualname__}"
+    named = re.compile(rf"^ *_target_: {re.escape(target)}$", re.MULTILINE)
+    files = sorted(CONF.glob("*/*.yaml"))
+    return [f"{file.parent.name}={file.stem}" for file in files if named.search(file.read_text())]
 
 
 def bound(field: FieldInfo, word: str) -> object:
@@ -53,24 +73,26 @@ def knobs(section: type[Section]) -> Iterator[str]:
         bounds = [f"{sign} {value}" for word, sign in SIGNS.items() if (value := bound(field, word)) is not None]
         default = [] if field.is_required() else [f"default {field.default!r}"]
         facts = ", ".join([readable(field.annotation), *bounds, *default])
-        yield f"    {name} ({facts}): {field.description or ''}"
+        yield f"    {name} ({facts}): {field.description or ''}".replace("\n", "\n        ")
 
 
 def main() -> None:
     """Print what there is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("word", nargs="?", default="", help="only parts whose name or kind contains it")
+    parser.add_argument("word", nargs="?", default="", help="only parts whose name, kind or file contains it")
     word = parser.parse_args().word.lower()
     shown = [
         (kind, part)
         for kind, parts in parts_by_kind().items()
         for part in parts
-        if word in f"{kind} {part.__module__}.{part.__name__}".lower()
+        if word in " ".join([kind, part.__module__, part.__name__, *presets(part)]).lower()
     ]
     if not shown:
-        parser.exit(1, f"no part has '{word}' in its name or kind; without a word all are listed\n")
+        parser.exit(1, f"no part has '{word}' in its name, kind or file; without a word all are listed\n")
     for kind, part in shown:
-        print(f"{kind} {part.__module__}.{part.__qualname__}\n{inspect.getdoc(part)}".replace("\n", "\n    "))
+        chosen = ", ".join(presets(part)) or "no file in conf/ has it"
+        text = f"{kind} {part.__module__}.{part.__qualname__}\n{chosen}\n{inspect.getdoc(part)}"
+        print(text.replace("\n", "\n    "))
         print(*knobs(part), "", sep="\n")
 
 
