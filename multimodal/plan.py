@@ -158,9 +158,15 @@ class Planner:
 
     def training_flops(self) -> float:
         """Of a sample: every forward and backward pass that a step makes, and its share of the loss."""
-        rows = self._rehearsed_rows(self.micro_batch_size)
-        step, _ = self._step(self.micro_batch_size, self.config.sharding, None)
-        return float(step.flops / rows + self._loss.flops / self.rows)
+        return self._flops(self.micro_batch_size)
+
+    def whole_batch_flops(self) -> float:
+        """The same without micro-batches and their second forward pass: what runs of several sizes are compared by."""
+        return self._flops(None)
+
+    def _flops(self, micro_batch_size: int | None) -> float:
+        step, _ = self._step(micro_batch_size, self.config.sharding, None)
+        return float(step.flops / self._rehearsed_rows(micro_batch_size) + self._loss.flops / self.rows)
 
     def samples_per_s(self) -> float:
         """Over all ranks."""

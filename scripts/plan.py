@@ -64,6 +64,7 @@ def planned(planner: Planner) -> dict[str, Any]:
         "fits": planner.fits(memory),
         "helps": [] if planner.fits(memory) else list(planner.helps()),
         "training_flops": planner.training_flops(),
+        "whole_batch_flops": planner.whole_batch_flops(),
         "utilisation": config.utilisation,
         "samples_per_s": planner.samples_per_s(),
         "time": None if time is None else asdict(time),

@@ -48,7 +48,7 @@ LAYERS = (
     ),
     ("export",),
     ("dry_run", "journal", "kept_features", "plan", "report", "trainer"),
-    ("api", "cli", "comparison", "inventory", "repeats"),
+    ("api", "cli", "comparison", "inventory", "repeats", "scaling"),
     ("adapters", "embeddings", "grids", "subjects"),
     ("__init__",),
 )
