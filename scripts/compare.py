@@ -113,8 +113,10 @@ def _write(
 ) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     picture = caption = None
+    drawn = out.with_name(f"{out.name}-pareto.png")
+    drawn.unlink(missing_ok=True)  # of another comparison
     if asked.y is not None:
-        picture = _front(out.with_name(f"{out.name}-pareto.png"), asked.x, asked.y, found, signs)
+        picture = _front(drawn, asked.x, asked.y, found, signs)
         caption = f"{asked.y} over {asked.x}; blue: on the Pareto front"
     shown = tables.section(found, keys, made, asked.test, picture, caption or "")
     page.write(out.with_name(f"{out.name}.html"), page.render(runs, sections=[shown]))
