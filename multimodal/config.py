@@ -329,8 +329,8 @@ class TrainConfig(Config):
     optimizer: Optimizer
     schedule: Schedule
     ema: EmaSection = EmaSection()
-    evals: Operational[dict[str, Eval]]
-    """By name."""
+    evals: Operational[Annotated[dict[str, Eval], BeforeValidator(lambda value: {} if value is None else value)]]
+    """By name; null for none."""
     checkpoint: Operational[CheckpointSection]
     early_stop: Operational[EarlyStopSection] = EarlyStopSection()
     log: Operational[LogSection]
