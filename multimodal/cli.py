@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -13,12 +14,13 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from multimodal import distributed
@@ -115,7 +117,54 @@ def launch(
     except TO_MEND as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(str(ConfigError([retold(str(error), CONF, getattr(task, "config", ""), sys.argv[1:])])))
+        _refuse(str(_explained(error, getattr(task, "config", ""), sys.argv[1:])))
+
+
+def compose(config: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a program would make of these words, and the groups that files are chosen of; ConfigError if it cannot."""
+    with _hydra():
+        try:
+            composed = hydra.compose(config, list(overrides), return_hydra_config=True)
+            groups = [str(group) for group in composed.hydra.runtime.choices]
+            with open_dict(composed):
+                del composed["hydra"]
+            return plain(composed), [group for group in groups if not group.startswith("hydra/")]
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(error, config, overrides) from None
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """The one that a program runs under, or else one over `conf/`."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        register_plugins()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+
+
+def _explained(error: Exception, config: str, words: Sequence[str]) -> ConfigError:
+    """What could not be composed of the words of a command line, as a problem of ours."""
+    return ConfigError([retold(str(error), CONF, lambda: _keys_of(config, words))])
+
+
+def _keys_of(config: str, words: Sequence[str]) -> list[str]:
+    """All keys, dotted, and groups of a configuration with the parts that are chosen, without values; for a hint."""
+
+    def keys(value: Any, path: str) -> Iterator[str]:
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            yield f"{path}{key}"
+            yield from keys(inner, f"{path}{key}.")
+
+    parts = [word for word in words if "=" in word and (CONF / re.split("[@=]", word)[0]).is_dir()]
+    try:
+        with _hydra():
+            composed: Any = OmegaConf.to_container(hydra.compose(config, parts, return_hydra_config=True))
+            groups = composed.pop("hydra")["runtime"]["choices"]
+            return [*keys(composed, ""), *groups]
+    except (HydraException, OmegaConfBaseException):
+        return []
 
 
 def _start_logging() -> None:

@@ -429,23 +429,28 @@ def changed_identity(old: Mapping[str, Any], new: TrainConfig) -> list[tuple[str
 
     Fields that did not exist when the old one was stored count with their defaults.
     """
-    after = _identity(new)
+    after = identity(new)
     before: object = {key: value for key, value in old.items() if key in after}
     try:
-        before = _identity(check(old, TrainConfig))
+        before = identity(check(old, TrainConfig))
     except ConfigError:  # compared as it stands
         after = {key: value for key, value in new.model_dump(mode="json").items() if key in after}
-    differences: list[tuple[str, str]] = []
+    return differences(before, after)
+
+
+def differences(before: object, after: object) -> list[tuple[str, str]]:
+    """Where plain data differ: (dotted path, "before -> after")."""
+    found: list[tuple[str, str]] = []
 
     def compare(path: str, was: object, is_now: object) -> None:
         if isinstance(was, Mapping) and isinstance(is_now, Mapping):
             for key in [*was, *(key for key in is_now if key not in was)]:
                 compare(f"{path}.{key}" if path else str(key), was.get(key), is_now.get(key))
         elif was != is_now:
-            differences.append((path, f"{was} -> {is_now}"))
+            found.append((path, f"{was} -> {is_now}"))
 
     compare("", before, after)
-    return differences
+    return found
 
 
 def computed(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -459,15 +464,15 @@ def computed(raw: Mapping[str, Any]) -> dict[str, Any]:
         fields = TrainConfig.model_fields
         operational = {name for name, field in fields.items() if "operational" in field.metadata} - {"duration"}
         return {key: value for key, value in raw.items() if key not in operational}
-    return {**_identity(config), "duration": str(config.duration)}
+    return {**identity(config), "duration": str(config.duration)}
 
 
-def _identity(value: Any) -> Any:
+def identity(value: Any) -> Any:
     """A section, or what is in one, as plain data without the fields that are operational, at any depth."""
     if isinstance(value, Section):
         fields = type(value).model_fields.items()
-        known = {name: _identity(getattr(value, name)) for name, field in fields if "operational" not in field.metadata}
+        known = {name: identity(getattr(value, name)) for name, field in fields if "operational" not in field.metadata}
         return {"_target_": value.target(), **known} if isinstance(value, Part) else known
     if isinstance(value, Mapping):
-        return {key: _identity(item) for key, item in value.items()}
+        return {key: identity(item) for key, item in value.items()}
     return TypeAdapter(type(value)).dump_python(value, mode="json")

@@ -25,6 +25,7 @@ class Journal:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.folder = config, config.folder
         self.log: RunLog | None = None
+        self.num_parameters: Mapping[str, int] = {}
 
     def open(
         self,
@@ -35,11 +36,12 @@ class Journal:
         initialised: Initialised | None,  # what became of init.weights, in a new run
     ) -> None:
         """Make the folder ready, and continue its log where the checkpoint left it."""
+        self.num_parameters = num_parameters
         environment = run_folder.prepare(self.config, state.step, facts)
         if state.best_step in checkpoint.steps(self.folder):
             checkpoint.mark_best(self.folder, state.best_step)  # a kill may have come before it
         self.log = RunLog(self.folder, state.log_bytes)
-        self.log.summarise({"id": state.run_id, "status": "running"}, None, "max")
+        self.log.summarise(self._facts(state, "running"), None, "max")
         stored = {**self.config.model_dump(mode="json"), "environment": environment}
         info = RunInfo(self.config.run.name, state.run_id, self.folder, stored, self.log.rows)
         self.log.start(self.config.tracker, info)
@@ -73,7 +75,7 @@ class Journal:
         assert self.log is not None
         settings = self.config.checkpoint
         step = state.step  # the last row may be from before
-        facts = {"id": state.run_id, "status": status, "step": step, "samples": step * self.config.global_batch_size}
+        facts = {**self._facts(state, status), "step": step, "samples": step * self.config.global_batch_size}
         summary = self.log.summarise(facts, settings.best, settings.mode)
         if rows := self.log.rows:
             path = self.folder / FIGURES / f"{TRAINING_CURVES}.png"
@@ -84,8 +86,9 @@ class Journal:
         logger.info("%s at step %d: %s", status, step, self.folder / METRICS)
         return summary
 
-    def already_over(self, state: TrainerState) -> dict[str, Any]:
+    def already_over(self, state: TrainerState, num_parameters: Mapping[str, int]) -> dict[str, Any]:
         """The summary of a run that has nothing left to do."""
+        self.num_parameters = num_parameters
         early = ", stopped early" if state.stopped_early else ""
         logger.info("run %s is finished%s, at step %d; run.fresh=true starts it over", self.folder, early, state.step)
         stored = self.folder / SUMMARY
@@ -108,6 +111,10 @@ class Journal:
         """Finish the log, and what mirrors it."""
         if self.log is not None:
             self.log.close(exit_code)
+
+    def _facts(self, state: TrainerState, status: str) -> dict[str, Any]:
+        counts = {f"num_parameters/{name}": count for name, count in self.num_parameters.items()}
+        return {"id": state.run_id, "status": status, "total_steps": state.total_steps, **counts}
 
     @contextmanager
     def _pictures_may_fail(self, step: int) -> Iterator[None]:

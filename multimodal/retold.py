@@ -1,14 +1,8 @@
 """What Hydra says of a composition that failed, in our words: where, what, and what was meant perhaps."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import hydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from multimodal.resolve import did_you_mean
 
@@ -16,8 +10,7 @@ from multimodal.resolve import did_you_mean
 def retold(
     message: str,
     conf: Path,  # the folder of configurations
-    program: str,  # name of its own there
-    words: Sequence[str],  # the command line
+    keys: Callable[[], Sequence[str]],  # that there are
 ) -> tuple[str, str]:
     """(Dotted path, text)."""
     lines = [line.strip() for line in message.partition("Config search path:")[0].splitlines() if line.strip()]
@@ -30,21 +23,5 @@ def retold(
         hint = did_you_mean(match[2], known) or f" There are: {', '.join(known) or 'none'}."
         path, text = match[1].replace("/", "."), f"there is no '{match[2]}'.{hint}"
     elif match := re.match(r"Could not override '([^']+)'", text):
-        path, text = match[1], f"unknown key.{did_you_mean(match[1], _keys(conf, program, words))}"
+        path, text = match[1], f"unknown key.{did_you_mean(match[1], keys())}"
     return path, text
-
-
-def _keys(conf: Path, program: str, words: Sequence[str]) -> list[str]:
-    """All dotted keys of the configuration with the parts that are chosen, without any value that is set."""
-
-    def keys(value: Any, path: str) -> Iterator[str]:
-        for key, inner in value.items() if isinstance(value, dict) else ():
-            yield f"{path}{key}"
-            yield from keys(inner, f"{path}{key}.")
-
-    parts = [word for word in words if "=" in word and (conf / re.split("[@=]", word)[0]).is_dir()]
-    try:
-        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            return list(keys(OmegaConf.to_container(hydra.compose(program, parts)), ""))
-    except (HydraException, OmegaConfBaseException):
-        return []

@@ -84,7 +84,9 @@ class Trainer:
             with losses_are_explained(self.config.timeout):
                 self._assemble(distributed.on_first_rank(run_folder.opening(self.folder)(self._open_folder)))
             if self.state.is_over:
-                return distributed.on_first_rank(lambda: self.journal.already_over(self.state))
+                return distributed.on_first_rank(
+                    lambda: self.journal.already_over(self.state, self.model.num_parameters())
+                )
             return self._train()
         finally:
             if self.lock is not None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multimodal.cli import CONF, _quoted, plain
-from multimodal.retold import retold
+from multimodal.cli import CONF, _explained, _quoted, plain
 
 NAMES = (
     "a${b}c",
@@ -79,7 +78,7 @@ def test_what_cannot_be_composed_is_told_with_what_was_meant(words: list[str], t
         initialize_config_dir(str(CONF), version_base="1.3"),
     ):
         compose("evaluate", words)
-    path, text = retold(str(error.value), CONF, "evaluate", words)
+    ((path, text),) = _explained(error.value, "evaluate", words).problems
     assert path == told[0]
     assert told[1] in text
     assert "+" not in text

@@ -1,0 +1,118 @@
+"""A trial's process: started here, or left over from a driver that was killed."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from multimodal import run_lock
+from multimodal.cli import CONF
+
+GRACE = 120.0
+"""Seconds that a run has for its last checkpoint after it was told to stop."""
+
+
+class Process(Protocol):
+    """Something that trains a run, wherever it is."""
+
+    def poll(self) -> int | None:
+        """None while it runs, then its exit status, negative for a signal."""
+
+    def stop(self) -> None:
+        """Ask it to save and end; to be called again until it has."""
+
+
+Start = Callable[[Sequence[str], Path, int, int], Process]
+"""Starts `train.py`: with these overrides, output to this file, a lock to inherit, and the worker's place (0, 1, ...).
+
+What a cluster needs is another of these.
+"""
+
+
+class Local:
+    """Starts processes on this machine."""
+
+    def __init__(self, workers: int, threads: int | None) -> None:
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or max(1, cores // workers)
+        self.devices = _devices()
+
+    def __call__(self, overrides: Sequence[str], log: Path, lock: int, slot: int) -> Process:
+        command = [sys.executable, str(CONF.parent / "train.py"), *overrides]
+        with log.open("ab") as output:
+            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.flush()
+            return Child(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=self.environment(slot),
+                    pass_fds=[lock],
+                    start_new_session=True,  # Ctrl-C is for the driver, which tells its trials
+                )
+            )
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Of the trial in a worker's place: threads, and one of the GPUs."""
+        words = {"OMP_NUM_THREADS": str(self.threads)}
+        if self.devices:
+            words["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
+        return {**os.environ, **words}
+
+
+def _devices() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device for device in visible.split(",") if device]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+class Child:
+    """A process of this driver."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self.process = process
+        self.told: float | None = None
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        if self.told is None:
+            self.told = time.monotonic()
+            self.process.terminate()
+        elif time.monotonic() - self.told > GRACE:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class LeftOver:
+    """A process whose driver was killed: known by the lock that it holds, and by what its run says of it."""
+
+    def __init__(self, is_over: Callable[[], bool], folder: Path) -> None:
+        self.is_over, self.folder = is_over, folder
+        self.told = False
+
+    def poll(self) -> int | None:
+        return 0 if self.is_over() else None
+
+    def stop(self) -> None:
+        if self.told:
+            return
+        with suppress(OSError, ValueError):
+            holder = json.loads((self.folder / run_lock.NAME).read_text())
+            if holder["host"] == socket.gethostname():
+                os.kill(holder["pid"], signal.SIGTERM)
+                self.told = True
