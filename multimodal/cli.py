@@ -125,10 +125,11 @@ def compose(config: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list
     with _hydra():
         try:
             composed = hydra.compose(config, list(overrides), return_hydra_config=True)
-            groups = [str(group) for group in composed.hydra.runtime.choices]
+            combined = GlobalHydra.instance().config_loader().list_groups("")  # those with several choices are not told
+            groups = {*map(str, composed.hydra.runtime.choices), *combined}
             with open_dict(composed):
                 del composed["hydra"]
-            return plain(composed), [group for group in groups if not group.startswith("hydra/")]
+            return plain(composed), sorted(group for group in groups if not group.startswith("hydra"))
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(error, config, overrides) from None
 

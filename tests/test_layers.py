@@ -49,7 +49,7 @@ LAYERS = (
     ("export",),
     ("dry_run", "journal", "kept_features", "plan", "report", "trainer"),
     ("api", "cli", "comparison", "inventory", "repeats", "scaling"),
-    ("adapters", "embeddings", "grids", "subjects"),
+    ("adapters", "embeddings", "grids", "search", "subjects"),
     ("__init__",),
 )
 LEVELS = {f"multimodal.{name}".removesuffix(".__init__"): level for level, names in enumerate(LAYERS) for name in names}

@@ -39,7 +39,9 @@ PLACES = {
 GIVEN = "given.csv"
 NEEDED = {"sigmoid": ["model.logit_bias=-10.0"]}
 """What a choice asks of the rest of the configuration."""
-NO_PARTS = {"experiment", "sweep", "suite", "tuning", "architecture", "to", "hardware", "debug", "hydra"}
+NO_PARTS = {
+    *("experiment", "sweep", "sampler", "pruner", "suite", "tuning", "architecture", "to", "hardware", "debug", "hydra")
+}
 CHOICES = [(group, choice) for group in PLACES for choice in FILES.get(group, [])]
 DATASETS = os.environ.get("MULTIMODAL_DATASETS")
 
@@ -112,11 +114,6 @@ def test_of_groups_that_may_be_combined_a_file_has_one_top_key_named_as_the_file
 @pytest.mark.parametrize("experiment", FILES.get("experiment", []))
 def test_an_experiment_composes_and_passes(compose: Compose, experiment: str) -> None:
     check(compose(f"experiment={experiment}"), TrainConfig)
-
-
-@pytest.mark.parametrize("sweep", FILES.get("sweep", []))
-def test_a_sweep_composes_and_passes(compose: Compose, sweep: str) -> None:
-    check(compose(f"+sweep={sweep}"), TrainConfig)
 
 
 @pytest.mark.parametrize("suite", FILES.get("suite", []))

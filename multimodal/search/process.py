@@ -40,13 +40,19 @@ What a cluster needs is another of these.
 class Local:
     """Starts processes on this machine."""
 
-    def __init__(self, workers: int, threads: int | None) -> None:
+    def __init__(
+        self,
+        workers: int,
+        threads: int | None,  # of each process; as many as there are cores for a worker unless given
+        options: Sequence[str] = (),  # of the command line, before overrides
+    ) -> None:
+        self.command = [sys.executable, str(CONF.parent / "train.py"), *options]
         cores = len(os.sched_getaffinity(0))
         self.threads = threads or max(1, cores // workers)
         self.devices = _devices()
 
     def __call__(self, overrides: Sequence[str], log: Path, lock: int, slot: int) -> Process:
-        command = [sys.executable, str(CONF.parent / "train.py"), *overrides]
+        command = [*self.command, *overrides]
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()

@@ -37,8 +37,8 @@ def sweep(
             study.require_same(config)
             _require_unused(config, study)
         paths = config.paths
-        words = [*options, override("paths.runs", paths.runs), override("paths.datasets", paths.datasets)]
-        start = Local(config.workers, config.threads)
+        words = [override("paths.runs", paths.runs), override("paths.datasets", paths.datasets)]
+        start = Local(config.workers, config.threads, options)
 
         signal = StopSignal()
 
