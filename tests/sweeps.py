@@ -36,7 +36,7 @@ class Searching:
         self.study_folder = self.runs / "search"
         self.storage = settings.get("storage") or f"sqlite:///{self.study_folder / 'study.db'}"
         (folder / "sweep").mkdir(parents=True)
-        body = {"overrides": OVERRIDES, "threads": 1, **settings}
+        body = {"defaults": [], "overrides": OVERRIDES, "threads": 1, **settings}
         (folder / "sweep" / "tiny.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(body, sort_keys=False)}")
         self.log = folder / "log.txt"
 
@@ -62,17 +62,18 @@ class Searching:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def kill_trial(self, number: int) -> None:
+    def wait(self, driver: "subprocess.Popen[bytes]", happened: Callable[[], object]) -> None:
+        """Until something has happened, as long as the driver works on it."""
+        until = time.monotonic() + LONGEST
+        while not happened():
+            assert driver.poll() is None, self.log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    def kill_trial(self, driver: "subprocess.Popen[bytes]", number: int) -> None:
         """As the kernel does where memory is short; once it has logged something."""
-        wait_for(lambda: len(self.rows(number)) > 0)
+        self.wait(driver, lambda: self.rows(number))
         os.kill(json.loads((self.run(number) / ".lock").read_text())["pid"], signal.SIGKILL)
-
-
-def wait_for(happened: Callable[[], object]) -> None:
-    until = time.monotonic() + LONGEST
-    while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def outcome(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from multimodal.search.locks import Locks
 from multimodal.search.metrics import logged, values_of
 from multimodal.search.overrides import override, parsed
 from multimodal.search.plots import write_plots
+from multimodal.search.process import Local
 from multimodal.search.pruners import Hyperband, Median, NoPruner, Pruner
 from multimodal.search.results import table, write_experiment, write_table
 from multimodal.search.samplers import TPE, GaussianProcess, Grid, Random, Sampler
@@ -394,6 +396,14 @@ def test_a_process_is_alive_until_it_is_killed(tmp_path: Path) -> None:
     assert locks.is_here(driver)
     assert not locks.is_here("elsewhere-1-aa")
     locks.close(done=True)
+
+
+def test_cores_and_gpus_are_dealt_out_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    start = Local(workers=2, threads=None)
+    assert [start.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
+    assert int(start.environment(0)["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert Local(workers=2, threads=7).environment(0)["OMP_NUM_THREADS"] == "7"
 
 
 def test_a_trial_that_repeats_another_is_not_run_again(tmp_path: Path) -> None:

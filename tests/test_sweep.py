@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 from postgres import POSTGRES, database
-from sweeps import LONGEST, OVERRIDES, Searching, outcome, wait_for
+from sweeps import LONGEST, OVERRIDES, Searching, outcome
 
 from multimodal.cli import CONF
-from multimodal.search.pruners import Median
-from multimodal.search.samplers import TPE, Grid, Random
 from multimodal.search.study import DRIVER, FAILURES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LONGEST)]
@@ -25,8 +23,9 @@ LOSS = {"train/loss": "min"}
 SEEDED = {
     "space": {"optimizer.lr": LR, "warmup": {"values": ["0%", "50%"]}},
     "objectives": LOSS,
-    "sampler": {"_target_": TPE.target(), "startup": 1},
-    "pruner": {"_target_": Median.target(), "startup": 1, "warmup": 30},
+    "defaults": [{"override /pruner": "median"}],
+    "sampler": {"startup": 1},
+    "pruner": {"startup": 1, "warmup": 30},
     "trials": 4,
 }
 
@@ -43,9 +42,9 @@ def test_a_search_whose_driver_was_killed_twice_ends_as_one_that_was_left_alone(
     tmp_path: Path, whole: Searching
 ) -> None:
     search = Searching(tmp_path, **SEEDED)
-    for number, rows in ((0, 1), (2, 1)):  # while a trial's process trains, which goes on alone
+    for number in (0, 2):  # while a trial's process trains, which goes on alone
         driver = search.begin()
-        wait_for(lambda number=number, rows=rows: len(search.rows(number)) >= rows)  # type: ignore[misc]
+        search.wait(driver, lambda number=number: search.rows(number))
         driver.kill()
         driver.wait()
     search.finish()
@@ -76,7 +75,7 @@ def _last_loss(run: Path) -> float:
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     space = {"optimizer.lr": LR}
-    search = Searching(tmp_path, space=space, objectives=LOSS, sampler={"_target_": Random.target()}, trials=4)
+    search = Searching(tmp_path, space=space, objectives=LOSS, defaults=[{"override /sampler": "random"}], trials=4)
     search.finish(search.begin(), search.begin())
     _assert_shared(search, workers=2)
 
@@ -97,12 +96,12 @@ def test_trials_that_are_not_finite_fail_or_are_killed_are_recorded_as_such(tmp_
         "optimizer.lr": {"values": [1e-3, 1e38], "when": {"init.weights": None}},
     }
     overrides = [*OVERRIDES, "duration=200steps", "evals.shapes.every=50steps"]
-    settings = {"sampler": {"_target_": Grid.target()}, "trials": 9, "workers": 3, "overrides": overrides}
+    settings = {"defaults": [{"override /sampler": "grid"}], "trials": 9, "workers": 3, "overrides": overrides}
     search = Searching(tmp_path, space=space, objectives=LOSS, **settings)
     driver = search.begin()
-    wait_for(lambda: len(list(search.study_folder.glob("trials/*.log"))) == 3)
+    search.wait(driver, lambda: len(list(search.study_folder.glob("trials/*.log"))) == 3)
     killed = next(trial.number for trial in search.trials if trial.params.get("optimizer.lr") == 1e-3)
-    search.kill_trial(killed)
+    search.kill_trial(driver, killed)
     search.finish(driver)
     trials = {trial.params.get("optimizer.lr", "nowhere"): trial for trial in search.trials}
     assert trials[1e-3].state == TrialState.COMPLETE  # it was continued
@@ -124,7 +123,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.skipif(not (os.environ.get("MULTIMODAL_POSTGRES") or POSTGRES), reason="needs Debian's package postgresql")
 def test_a_database_of_postgresql_serves_three_processes(tmp_path: Path, server: str) -> None:
     space = {"optimizer.lr": LR}
-    settings = {"sampler": {"_target_": Random.target()}, "storage": server}
+    settings = {"defaults": [{"override /sampler": "random"}], "storage": server}
     search = Searching(tmp_path, space=space, objectives=LOSS, trials=4, **settings)
     search.finish(*(search.begin() for _ in range(3)))
     _assert_shared(search, workers=3)

@@ -48,9 +48,10 @@ def _note(trial: FrozenTrial) -> str:
 def write_table(study: Study, path: Path) -> None:
     """All trials as CSV."""
     found = rows(study)
+    columns = found[0] if found else {}
     partial = path.with_name(f".partial-{path.name}")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(found)
     partial.replace(path)

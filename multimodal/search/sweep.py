@@ -22,6 +22,8 @@ from multimodal.search.study import Search, Study, open_storage
 
 logger = logging.getLogger(__name__)
 
+TABLE = "trials.csv"
+
 
 def sweep(
     config: SweepConfig,
@@ -47,6 +49,8 @@ def sweep(
 
         with signal.heeded():
             done = run(study)
+            with locks.alone():
+                write_table(study, config.folder / TABLE)
             seeds = None
             if done and config.replicates:
                 seeds = _replicates(config, study)
@@ -109,12 +113,13 @@ def _require_unused(config: SweepConfig, study: Study) -> None:
 def _write(config: SweepConfig, study: Study, seeds: Study | None) -> None:
     """All that is to be seen of a search that has ended."""
     folder, best = config.folder, study.best
-    write_table(study, folder / "trials.csv")
     plots = list(write_plots(study, folder / "plots"))
+    if elsewhere := sum(not trial.state.is_finished() for trial in study.trials):
+        logger.info("%d trials are not finished, in a folder of another machine", elsewhere)
     groups = compose("train", ["run.name=trial", *config.overrides])[1]
     path = write_experiment(study, groups, folder)
     logger.info("%s", table(study))
     if seeds is not None:
         logger.info("trial %d with %d other seeds: %s", best.number, config.replicates, ", ".join(spread(seeds)))
-    logger.info("all trials: %s; plots: %s", folder / "trials.csv", plots[0].parent if plots else "none")
+    logger.info("all trials: %s; plots: %s", folder / TABLE, plots[0].parent if plots else "none")
     logger.info("the best, trial %d, is an experiment: %s", best.number, command(folder, path.stem))
