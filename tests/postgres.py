@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,19 @@ def _as_nobody(command: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def database(folder: Path) -> Iterator[str]:
-    """Its address, for SQLAlchemy: of MULTIMODAL_POSTGRES, or of a server in this folder, while inside."""
+def database() -> Iterator[str]:
+    """Its address, for SQLAlchemy: of MULTIMODAL_POSTGRES, or of a server of our own, while inside."""
     if given := os.environ.get("MULTIMODAL_POSTGRES"):
         yield given
         return
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to other users
+        yield from _server(Path(place))
+
+
+def _server(folder: Path) -> Iterator[str]:
     assert POSTGRES is not None
     if os.getuid() == 0:
         shutil.chown(folder, "postgres")
-        for parent in [folder, *folder.parents][:-2]:  # others have to be let through to it
-            parent.chmod(parent.stat().st_mode | 0o011)
     data, control = folder / "data", _as_nobody([str(POSTGRES / "pg_ctl"), "-D", str(folder / "data"), "-w"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

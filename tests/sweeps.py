@@ -39,16 +39,20 @@ class Searching:
         body = {"defaults": [], "overrides": OVERRIDES, "threads": 1, **settings}
         (folder / "sweep" / "tiny.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(body, sort_keys=False)}")
         self.log = folder / "log.txt"
+        self.drivers: list[subprocess.Popen[bytes]] = []
 
     def begin(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, str(CONF.parent / "scripts" / "sweep.py"), f"--config-dir={self.folder}"]
         words = ["sweep=tiny", "name=search", f"paths.runs={self.runs}"]
         with self.log.open("ab") as log:
-            return subprocess.Popen([*command, *words], stdout=log, stderr=subprocess.STDOUT, cwd=CONF.parent)
+            driver = subprocess.Popen([*command, *words], stdout=log, stderr=subprocess.STDOUT, cwd=CONF.parent)
+        self.drivers.append(driver)
+        return driver
 
-    def finish(self, *processes: "subprocess.Popen[bytes]", status: int = 0) -> None:
-        for process in processes or (self.begin(),):
-            assert process.wait(LONGEST) == status, self.log.read_text()
+    def finish(self) -> None:
+        """Wait for all that were not killed."""
+        for driver in self.drivers:
+            assert driver.wait(LONGEST) in (0, -signal.SIGKILL), self.log.read_text()
 
     @property
     def trials(self) -> list[FrozenTrial]:

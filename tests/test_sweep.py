@@ -26,15 +26,15 @@ SEEDED = {
     "defaults": [{"override /pruner": "median"}],
     "sampler": {"startup": 1},
     "pruner": {"startup": 1, "warmup": 30},
-    "trials": 4,
+    "trials": 3,
 }
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Searching:
-    """A search that was left alone, to its end."""
+    """A search that is left alone."""
     search = Searching(tmp_path_factory.mktemp("whole"), **SEEDED, replicates=1)
-    search.finish()
+    search.begin()
     return search
 
 
@@ -42,12 +42,14 @@ def test_a_search_whose_driver_was_killed_twice_ends_as_one_that_was_left_alone(
     tmp_path: Path, whole: Searching
 ) -> None:
     search = Searching(tmp_path, **SEEDED)
-    for number in (0, 2):  # while a trial's process trains, which goes on alone
+    for number in (0, 1):  # while a trial's process trains, which goes on alone
         driver = search.begin()
         search.wait(driver, lambda number=number: search.rows(number))
         driver.kill()
         driver.wait()
+    search.begin()
     search.finish()
+    whole.finish()
     assert outcome(search.trials) == outcome(whole.trials)
     assert {trial.state for trial in whole.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
     assert not any(FAILURES in trial.user_attrs for trial in search.trials)
@@ -57,9 +59,10 @@ def test_a_search_whose_driver_was_killed_twice_ends_as_one_that_was_left_alone(
 
 
 def test_the_best_is_an_experiment_that_launches_as_it_is_and_all_is_written_down(whole: Searching) -> None:
+    whole.finish()
     folder = whole.study_folder
     with (folder / "trials.csv").open() as file:
-        assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+        assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"history", "parallel", "slices"}
     assert "with 1 other seeds: train/loss" in whole.log.read_text()
     best = min((t for t in whole.trials if t.state == TrialState.COMPLETE), key=lambda trial: trial.values[0])
@@ -76,7 +79,9 @@ def _last_loss(run: Path) -> float:
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     space = {"optimizer.lr": LR}
     search = Searching(tmp_path, space=space, objectives=LOSS, defaults=[{"override /sampler": "random"}], trials=4)
-    search.finish(search.begin(), search.begin())
+    search.begin()
+    search.begin()
+    search.finish()
     _assert_shared(search, workers=2)
 
 
@@ -102,7 +107,7 @@ def test_trials_that_are_not_finite_fail_or_are_killed_are_recorded_as_such(tmp_
     search.wait(driver, lambda: len(list(search.study_folder.glob("trials/*.log"))) == 3)
     killed = next(trial.number for trial in search.trials if trial.params.get("optimizer.lr") == 1e-3)
     search.kill_trial(driver, killed)
-    search.finish(driver)
+    search.finish()
     trials = {trial.params.get("optimizer.lr", "nowhere"): trial for trial in search.trials}
     assert trials[1e-3].state == TrialState.COMPLETE  # it was continued
     assert trials[1e-3].user_attrs[FAILURES] == ["killed by SIGKILL"]
@@ -114,9 +119,9 @@ def test_trials_that_are_not_finite_fail_or_are_killed_are_recorded_as_such(tmp_
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server() -> Iterator[str]:
     """The address of a database of PostgreSQL."""
-    with database(tmp_path_factory.mktemp("postgres")) as url:
+    with database() as url:
         yield url
 
 
@@ -125,5 +130,7 @@ def test_a_database_of_postgresql_serves_three_processes(tmp_path: Path, server:
     space = {"optimizer.lr": LR}
     settings = {"defaults": [{"override /sampler": "random"}], "storage": server}
     search = Searching(tmp_path, space=space, objectives=LOSS, trials=4, **settings)
-    search.finish(*(search.begin() for _ in range(3)))
+    for _ in range(3):
+        search.begin()
+    search.finish()
     _assert_shared(search, workers=3)

@@ -116,7 +116,7 @@ class _Trials:
     @cached_property
     def groups(self) -> list[str]:
         """That a file can be chosen of."""
-        return compose("train", [STANDS_FOR, *self.overrides])[1]
+        return compose("train", [STANDS_FOR, *self._merged(())])[1]
 
     def _composed(self, words: tuple[str, ...]) -> dict[str, Any] | ConfigError:
         if words not in self.composed:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from optuna.exceptions import StorageInternalError
+
 from multimodal.cli import compose
-from multimodal.config import ConfigError
+from multimodal.config import ConfigError, RunError
 from multimodal.endings import StopSignal
 from multimodal.search.config import SweepConfig, size_of
 from multimodal.search.driver import Driver
@@ -41,7 +43,6 @@ def sweep(
         paths = config.paths
         words = [override("paths.runs", paths.runs), override("paths.datasets", paths.datasets)]
         start = Local(config.workers, config.threads, options)
-
         signal = StopSignal()
 
         def run(study: Study) -> bool:
@@ -60,6 +61,9 @@ def sweep(
             return
         with locks.alone():
             _write(config, study, seeds)
+    except StorageInternalError as error:
+        told = str(error.__cause__ or error).splitlines()[0]
+        raise RunError(f"the study's database failed ({told}); trials that run go on, the same command too") from error
     finally:
         locks.close(done)
 
@@ -116,7 +120,7 @@ def _write(config: SweepConfig, study: Study, seeds: Study | None) -> None:
     plots = list(write_plots(study, folder / "plots"))
     if elsewhere := sum(not trial.state.is_finished() for trial in study.trials):
         logger.info("%d trials are not finished, in a folder of another machine", elsewhere)
-    groups = compose("train", ["run.name=trial", *config.overrides])[1]
+    groups = compose("train", ["run.name=trial", *study.search.words({})])[1]
     path = write_experiment(study, groups, folder)
     logger.info("%s", table(study))
     if seeds is not None:
