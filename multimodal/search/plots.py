@@ -26,8 +26,7 @@ def write_plots(study: Study, folder: Path) -> Iterator[Path]:
     """Draw history, importance, parallel coordinates and slices of each objective, and the front of several."""
     matplotlib.use("Agg")
     folder.mkdir(exist_ok=True)
-    done = sum(trial.state == TrialState.COMPLETE for trial in study.trials)
-    if done < 2:
+    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         return
     metrics = list(study.search.objectives)
     for at, metric in enumerate(metrics):
