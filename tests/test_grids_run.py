@@ -89,7 +89,7 @@ def test_a_job_that_is_preempted_saves_comes_back_and_computes_what_it_would_hav
     ranks = ["hydra/launcher=submitit_local", "hydra.launcher.processes_per_node=2", "duration=40steps"]
     code, output = finish(start(tmp_path, *ranks, "run.name=whole,other"))
     assert code == 0, output
-    process = start(tmp_path, *ranks, "run.name=preempted")
+    process = start(tmp_path, *ranks, "hydra.launcher.jobs_at_once=1", "run.name=preempted,next")
     wait_for_row(tmp_path, "preempted", process)
     for task in tasks_of(tmp_path):  # as Slurm does, to all of a job's processes
         os.kill(task, signal.SIGUSR2)
