@@ -30,6 +30,7 @@ def pictures() -> list[Image.Image]:
     return [source[index].inputs["image"] for index in range(4)]
 
 
+@pytest.mark.slow
 def test_no_other_evaluation_is_loaded_with_an_adapter():
     code = (
         "import sys, multimodal.adapters.mteb, multimodal.adapters.clip_benchmark;"

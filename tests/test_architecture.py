@@ -103,6 +103,7 @@ def test_names_are_listed() -> None:
     assert not SOURCE.is_config("tower/vit")
 
 
+@pytest.mark.slow
 def test_listing_architectures_does_not_load_open_clip() -> None:
     code = (
         "import sys; from multimodal.interop.config_source import OpenClipSource as S; s = S('o', 'openclip://'); "

@@ -27,6 +27,7 @@ def small(preset: str, runs: object, *words: str) -> TrainConfig:
     return check(composed(f"debug={preset}", f"run.name={preset}", f"paths.runs={runs}", *SMALL, *words), TrainConfig)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_one_batch_is_learnt_or_it_says_that_it_is_not(tmp_path: object, caplog: pytest.LogCaptureFixture) -> None:
     words = ["global_batch_size=8", "dataset.two_objects=0", "schedule=constant", "log.every=50steps"]

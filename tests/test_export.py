@@ -149,6 +149,7 @@ def test_what_a_card_says_gives_our_numbers(
     torch.testing.assert_close(theirs.float(), ours, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_onnx_program_needs_nothing_of_ours(tmp_path: Path) -> None:
     taken = exported("default", tmp_path)
     Onnx().write(taken, tmp_path)

@@ -91,6 +91,7 @@ def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
         grid(tmp_path, [*STATIC, "run.name=same"], [["run.name=same"], ["run.name=same"]], never)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_what_is_finished_is_passed_over_and_its_value_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -144,6 +144,7 @@ for knob in ("image.projection=none", "image.pool=attn", "text.projection=none")
 """
 
 
+@pytest.mark.slow
 def test_widths_that_do_not_meet_are_told_before_open_clip_is_loaded() -> None:
     stands_for = "from types import SimpleNamespace as S; text = S(encoding=S(vocab_size=300, pad=0, end=299))"
     code = f"{stands_for}{WIDTHS}print(*({{'open_clip', 'timm', 'transformers'}} & set(sys.modules)))"

@@ -166,6 +166,7 @@ def test_running_out_of_memory_names_what_can_be_changed() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
 
+@pytest.mark.slow
 def test_the_trainer_finds_a_size_once_and_computes_the_same_with_it(
     tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_planned_memory_is_what_a_real_step_takes(overrides: tuple[str, ...]) ->
     )  # less than 0.01 but for checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("ema.decay=0.9", FROZEN), ("optimizer=lion",), ("optimizer=muon",)])
 def test_a_checkpoint_that_is_written_while_a_cpu_trains_is_there_twice(
     tiny_config: TinyConfig, words: tuple[str, ...]

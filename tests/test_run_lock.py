@@ -33,6 +33,7 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_while_another_process_has_it_and_free_when_that_was_killed(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:

@@ -381,6 +381,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_process_is_alive_until_it_is_killed(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -124,6 +124,7 @@ def test_the_seed_changes_the_scenes_but_not_the_classes(unseen: ShapesSource) -
 # --- the same sample, always ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_process_order_or_hash_seed(train: ShapesSource, unseen: ShapesSource) -> None:
     code = (
         "import pickle, sys; from tests.test_shapes import digest;"

@@ -191,6 +191,10 @@ def test_a_dataset_or_evaluation_builds_where_its_files_are(
         with pytest.raises((ValueError, OSError), match="given"):
             part.build(at(tmp_path))
         return
+    if choice == "imagenet":
+        with pytest.raises(FileNotFoundError, match="there is no folder 'imagenet/val' below"):
+            part.build(at(tmp_path))
+        return
     if needs_files(raw) and not DATASETS:
         pytest.skip("needs the files of data sets, in the folder that MULTIMODAL_DATASETS names")
     built = part.build(at(Path(DATASETS or tmp_path)))
