@@ -21,7 +21,7 @@ from multimodal.encoder import Encoder
 from multimodal.model import Model
 from multimodal.offline import offline
 from multimodal.outline import outlined
-from multimodal.parts import Augment, Eval, Report, Source, Sources, Tower
+from multimodal.parts import Augment, BadSample, Eval, Report, Source, Sources, Tower
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.remembering import Remembering
 from multimodal.sharding import check_blocks_are_called, is_sharded, shard
@@ -262,7 +262,10 @@ def evaluate(
     try:
         for name, run in evaluations.items():
             before, began = encoder.num_truncated, time.monotonic()
-            reports[f"{EVAL[weights]}/{name}"] = run(encoder)
+            try:
+                reports[f"{EVAL[weights]}/{name}"] = run(encoder)
+            except BadSample as error:
+                raise BadSample(f"evals.{name}: {error}") from error
             seconds, (cut,) = time.monotonic() - began, distributed.total(encoder.num_truncated - before)
             if cut:
                 logger.warning("%s: %d texts are longer than the context of their tower and were cut", name, cut)

@@ -132,7 +132,7 @@ def find(run: Path, which: str = "last") -> Path:
     if which.isdigit() and int(which) in saved:
         return step_folder(run, int(which))
     have = ", ".join(map(str, saved)) or "none"
-    raise FileNotFoundError(f"{run} has no checkpoint '{which}'; steps with one: {have}")
+    raise FileNotFoundError(f"{run} has no checkpoint '{which}'; steps with one: {have}; or last, best")
 
 
 def whole_tensors(

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from conftest import Interrupt, TinyConfig
 from tiny_runs import assert_same_run, crash, kill, named, rows, weights, with_checkpoint
 
 from multimodal import checkpoint, journal, trainer
+from multimodal.assemble import evaluate
 from multimodal.checkpoint import find, load_state, steps
 from multimodal.config import TrainConfig
+from multimodal.parts import BadSample, Eval, Report, Sources
 from multimodal.parts import Encoder as EncoderContract
-from multimodal.parts import Eval, Report, Sources
 from multimodal.results import folder_of, write_numbers
 from multimodal.trainer import Trainer
 from multimodal.units import Cadence
@@ -191,3 +193,12 @@ def test_numbers_that_were_measured_otherwise_are_replaced_as_a_whole_and_that_i
     assert "measured otherwise" not in caplog.text
     assert write("it", {"top1": 0.7}, "b") == ["eval/it2/top1", "eval/it/top1"]
     assert f"eval/it was measured otherwise before, which is replaced: {tmp_path / 'results.json'}" in caplog.text
+
+
+def test_a_sample_that_cannot_be_read_is_told_with_the_evaluation_that_wants_it() -> None:
+    def run(_: EncoderContract) -> Report:
+        raise BadSample("photos/3.png: not an image that Pillow can read")
+
+    encoder: Any = SimpleNamespace(num_truncated=0, forget=lambda: None)
+    with pytest.raises(BadSample, match=r"^evals\.mine: photos/3\.png: not an image"):
+        evaluate({"mine": run}, encoder)

@@ -67,7 +67,9 @@ def test_the_best_is_an_experiment_that_launches_as_it_is_and_all_is_written_dow
     assert "with 1 other seeds: train/loss" in whole.log.read_text()
     best = min((t for t in whole.trials if t.state == TrialState.COMPLETE), key=lambda trial: trial.values[0])
     command = [sys.executable, "train.py", f"--config-dir={folder}", "experiment=search_best"]
-    done = subprocess.run([*command, f"paths.runs={whole.runs}"], cwd=CONF.parent, capture_output=True, text=True)
+    command.append(f"paths.runs={whole.runs}")
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as its trial had
+    done = subprocess.run(command, cwd=CONF.parent, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert _last_loss(whole.runs / "search_best") == best.values[0]
 

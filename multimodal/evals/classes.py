@@ -23,7 +23,9 @@ def class_names_of(source: Source, given: NamedClasses | None, root: Path) -> tu
     if not class_names:
         raise ValueError("the dataset has no class names: set class_names, one for each label")
     if "" in (stripped := [name.strip() for name in class_names]):
-        raise ValueError(f"the class name of label {stripped.index('')} is empty: set class_names, one for each label")
+        label = stripped.index("")
+        where = f" ({given}, line {label + 1})" if isinstance(given, str) else ""
+        raise ValueError(f"the class name of label {label} is empty{where}: set class_names, one for each label")
     name, count = Counter(class_names).most_common(1)[0]
     if count > 1 and given != IMAGENET:
         raise ValueError(f"{count} classes are named '{name}', which no prompt can tell apart: set class_names")
