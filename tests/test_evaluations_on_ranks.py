@@ -56,7 +56,10 @@ EVALS = {  # every one that needs no file, with numbers of samples that no numbe
         ("target_x", 7), ("target_y", 5), ("attribute_a", 11), ("attribute_b", 3)
     )],
 }  # fmt: skip
-NEEDS_FILES = {"aro", "projection", "stsb", "sugarcrepe", "weat", "winoground"}
+NEEDS_FILES = {
+    *("aro", "imagenet", "projection", "retrieval", "stsb", "sugarcrepe", "weat", "winoground", "zero_shot"),
+    "one_batch",  # which wants the data of training
+}
 ELSEWHERE = ("cifar10", "fashion_mnist", "flickr8k")
 
 

@@ -270,4 +270,5 @@ def test_evaluating_a_finished_run_gives_the_numbers_of_its_last_evaluation(tmp_
     assert values == {key: value for key, value in summary.items() if key.startswith("eval")}
     assert found.keys() >= {"eval/shapes/top1", "eval_ema/shapes/top1"}
     drawn = {path.name for path in (tmp_path / "run" / "evaluations" / "step-00000003").glob("*.png")}
-    assert drawn == {f"{prefix}shapes_confusion_matrix.png" for prefix in ("", "eval_ema_")}
+    figures = ("confusion_matrix", "failures")
+    assert drawn == {f"{prefix}shapes_{name}.png" for prefix in ("", "eval_ema_") for name in figures}
