@@ -38,8 +38,7 @@ class Journal:
         """Make the folder ready, and continue its log where the checkpoint left it."""
         self.num_parameters = num_parameters
         environment = run_folder.prepare(self.config, state.step, facts)
-        if state.best_step in checkpoint.steps(self.folder):
-            checkpoint.mark_best(self.folder, state.best_step)  # a kill may have come before it
+        self._mark_best(state)
         self.log = RunLog(self.folder, state.log_bytes)
         self.log.summarise(self._facts(state, "running"), None, "max")
         stored = {**self.config.model_dump(mode="json"), "environment": environment}
@@ -89,6 +88,7 @@ class Journal:
     def already_over(self, state: TrainerState, num_parameters: Mapping[str, int]) -> dict[str, Any]:
         """The summary of a run that has nothing left to do."""
         self.num_parameters = num_parameters
+        self._mark_best(state)
         early = ", stopped early" if state.stopped_early else ""
         logger.info("run %s is finished%s, at step %d; run.fresh=true starts it over", self.folder, early, state.step)
         stored = self.folder / SUMMARY
@@ -111,6 +111,11 @@ class Journal:
         """Finish the log, and what mirrors it."""
         if self.log is not None:
             self.log.close(exit_code)
+
+    def _mark_best(self, state: TrainerState) -> None:
+        """Again: a kill, or a full disk, may have come before it."""
+        if state.best_step is not None and state.best_step in checkpoint.steps(self.folder):
+            checkpoint.mark_best(self.folder, state.best_step)
 
     def _facts(self, state: TrainerState, status: str) -> dict[str, Any]:
         counts = {f"num_parameters/{name}": count for name, count in self.num_parameters.items()}

@@ -137,6 +137,9 @@ class Trainer:
         problems.report()
         assert source is not None
         self.source = source
+        with problems.at("dataset"):
+            self.fingerprint = fingerprint(source)
+        problems.report()
         started_from = None
         if last is None and config.init.weights is not None:
             with problems.at("init.weights"):
@@ -197,7 +200,7 @@ class Trainer:
             "device": self.device.type,
             "precision": self.state.precision,
             "ranks": ranks,
-            "data": fingerprint(self.source),
+            "data": self.fingerprint,
         }
         self.journal.open(self.state, self.model.num_parameters(), where, facts, self.initialised)
 
@@ -362,8 +365,8 @@ class Trainer:
         if asked.metric in values:
             state.patience = state.patience.after(values[asked.metric], asked.mode, asked.min_delta)
         enough = asked.metric is not None and state.patience.waited >= asked.patience
-        state.stopped_early = distributed.total(enough)[0] > 0
-        if state.stopped_early:
+        before, state.stopped_early = state.stopped_early, distributed.total(enough)[0] > 0
+        if state.stopped_early and not before:
             told = "step %d: %s was not better than %s for %d evaluations: the run stops early"
             logger.info(told, state.step, asked.metric, state.patience.best, state.patience.waited)
 

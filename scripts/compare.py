@@ -61,6 +61,10 @@ def main(composed: DictConfig) -> None:
             logger.warning("%s: %s", run.name, note)
     if not found.groups:
         raise RunError("there is no finished run to compare")
+    for key in sorted(found.unlike):
+        logger.warning(
+            "%s is left out: not all runs were measured on the same data (chance, or number of samples)", key
+        )
     keys, signs = _checked(asked, found)
     made = pairs.all_pairs(found, keys, asked.test, _baseline(asked, found))
     out = Path(asked.paths.runs) / "comparison" if asked.out is None else Path(asked.out)
@@ -129,6 +133,8 @@ def _write(
 def _front(path: Path, x: str, y: str, found: Compared, signs: tuple[int, int]):
     both = zip(found.groups, tables.spreads(found, x), tables.spreads(found, y), strict=True)
     points = [(group.name, (a, b)) for group, a, b in both if a is not None and b is not None]
+    if not points:
+        raise ConfigError([("x", f"no group of runs has both {x} and {y}")])
     best = pareto.front([(a.mean, b.mean) for _, (a, b) in points], signs)
     names = [name for name, _ in points]
     pareto.draw(names, [point for _, point in points], best, (x, y)).savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -26,10 +27,15 @@ def _conditions_are_some(config: "RunsConfig") -> Iterator[tuple[str, str]]:
             yield "where", str(error)
 
 
+def _what_is_cleaned_is_there(config: "RunsConfig") -> Iterator[tuple[str, str]]:
+    if config.clean is not None and not Path(config.paths.runs).is_dir():  # names would be looked for elsewhere
+        yield "paths.runs", f"there is no folder '{config.paths.runs}', and nothing is deleted elsewhere"
+
+
 class RunsConfig(SeveralRuns):
     """Which runs, and what becomes of their checkpoints."""
 
-    rules = (*SeveralRuns.rules, _conditions_are_some)
+    rules = (*SeveralRuns.rules, _conditions_are_some, _what_is_cleaned_is_there)
 
     status: Several[Status]
     """Runs that stand so; any, if there are none. `clean` takes finished ones, unless some are named."""

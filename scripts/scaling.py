@@ -68,7 +68,8 @@ def main(composed: DictConfig) -> None:
     for name, (value, low, high) in _numbers(law).items():
         logger.info("%s %.4g [%.4g, %.4g]", name, value, low, high)
     for one in foretold:
-        cost = "".join(f", {one['plan'][key]:,.4g} {key}" for key in ("gpu_hours", "dollars") if one.get("plan"))
+        plan = one.get("plan") or {}
+        cost = "".join(f", {plan[key]:,.4g} {key}" for key in ("gpu_hours", "dollars") if key in plan)
         span = f"{one['error']:.4g} [{one['low']:.4g}, {one['high']:.4g}]"
         logger.info("at %.4g %s, %.3g times the largest: error %s%s", one["x"], asked.x, one["beyond"], span, cost)
     logger.info("%s", out.with_name(f"{out.name}.json"))
@@ -84,7 +85,7 @@ def _checked(asked: ScalingConfig, found: Any) -> tuple[list[tuple[float, dict[s
             cost = plan.get("time") or {}
             facts = {"file": name, "hardware": plan.get("hardware"), "num_gpus": plan.get("num_gpus"), **cost}
             sizes.append((planned_size(plan, asked.x), facts))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             problems.append(("plans", f"{name}: {error}"))
     lacking = False
     try:

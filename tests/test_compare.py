@@ -61,6 +61,25 @@ def test_runs_that_differ_in_seed_and_operational_settings_only_are_one_group(tm
     assert {row[0].text for row in settings.rows} == {"optimizer.lr", "duration"}
 
 
+def test_what_was_measured_on_other_data_is_not_compared(tmp_path: Path) -> None:
+    places = two_groups(tmp_path, seeds=3)
+    keys = found(*places).keys
+    results = next(places[0].glob("**/results.json"))
+    numbers = json.loads(results.read_text())
+    numbers["eval/shapes/top1"]["count"] += 1
+    results.write_text(json.dumps(numbers))
+    told = found(*places)
+    assert told.unlike == {"eval/shapes/top1"}
+    assert told.keys == [key for key in keys if key != "eval/shapes/top1"]
+    assert "eval/shapes/top1" not in chosen(told, [])
+
+
+def test_a_run_that_stopped_early_has_come_to_its_end(tmp_path: Path) -> None:
+    places = two_groups(tmp_path, seeds=2)
+    (places[0] / "summary.json").write_text('{"status": "stopped early"}')
+    assert not found(*places).left_out
+
+
 def test_what_is_not_compared_is_told_by_name_and_the_others_are(tmp_path: Path) -> None:
     places = two_groups(tmp_path)
     for name in ("damaged", "stopped", "twin"):
@@ -202,6 +221,16 @@ def test_the_program_writes_what_it_found(tmp_path: Path) -> None:
     row = metrics["x-lr=0.001", "eval/shapes/top1"]
     assert float(row["mean"]) == pytest.approx(np.mean(values))
     assert (float(row["std"]), row["runs"]) == (pytest.approx(np.std(values, ddof=1)), "4")
+
+
+def test_a_front_of_which_no_group_has_both_is_refused(tmp_path: Path) -> None:
+    for place, metric in zip(two_groups(tmp_path, seeds=1), ("top1", "top5"), strict=True):
+        results = next(place.glob("**/results.json"))
+        numbers = json.loads(results.read_text())
+        results.write_text(json.dumps({key: one for key, one in numbers.items() if not key.endswith(metric)}))
+        (place / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="no group of runs has both eval/shapes/top5 and eval/shapes/top1"):
+        run_program("compare", f"paths.runs={tmp_path}", "runs=['*']", "x=eval/shapes/top5", "y=eval/shapes/top1")
 
 
 def test_mistakes_are_told_together(tmp_path: Path) -> None:

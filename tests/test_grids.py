@@ -162,6 +162,13 @@ def test_one_failure_ends_no_other_run_and_all_failures_are_told(tmp_path: Path)
     assert (tmp_path / ".multirun" / "good.log").read_text() == "fine\n"
 
 
+def test_a_run_that_is_put_back_in_the_queue_deletes_nothing_of_its_own(tmp_path: Path) -> None:
+    fresh = Job("a", tmp_path / "a", ("train.py", "run.fresh=true", "run.name=a"), None, False)
+    assert fresh.continued().command()[1:] == ["train.py", "run.fresh=true", "run.name=a", "run.fresh=false"]
+    raw = composed(*fresh.continued().words[1:])
+    assert raw["run"]["fresh"] is False
+
+
 def test_runs_at_once_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("joblib.cpu_count", lambda: 6)

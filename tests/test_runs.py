@@ -55,6 +55,7 @@ def listed(root: Path) -> dict[str, Entry]:
 def test_a_status_is_what_the_run_said_last_unless_it_lives_or_was_killed(tmp_path: Path, train: Train) -> None:
     for name in ("finished", "stopped", "failed"):
         ended(trained(tmp_path / name), name)
+    ended(trained(tmp_path / "early"), "stopped early")
     for name in ("killed", "live"):
         ended(trained(tmp_path / name), "running")
     evaluated(tmp_path / "evaluated")
@@ -62,7 +63,7 @@ def test_a_status_is_what_the_run_said_last_unless_it_lives_or_was_killed(tmp_pa
     (ended(trained(tmp_path / "killed_locked"), "running") / run_lock.NAME).write_text("{}")
     train(tmp_path / "live")
     told = {name: entry.status for name, entry in listed(tmp_path).items()}
-    assert told == {**{name: name for name in told}, "killed_locked": "killed"}
+    assert told == {**{name: name for name in told}, "killed_locked": "killed", "early": "finished"}
 
 
 def test_asking_whether_a_run_is_held_takes_nothing(tmp_path: Path, train: Train) -> None:
@@ -149,6 +150,11 @@ def test_mistakes_are_told_with_what_was_meant(tmp_path: Path) -> None:
     assert [path for path, _ in caught.value.problems] == ["status.0", "runs", "where"]
     with pytest.raises(ConfigError, match=r"Did you mean 'optimizer\.lr'"):
         run_program("runs", f"paths.runs={tmp_path}", "where='optimizer.lrr=1'")
+
+
+def test_nothing_is_cleaned_elsewhere_where_the_folder_of_runs_is_mistyped(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"paths\.runs: there is no folder '.*rnus', and nothing is deleted"):
+        run_program("runs", f"paths.runs={tmp_path / 'rnus'}", "runs=['*']", "clean=all", "yes=true")
 
 
 def test_the_list_is_filtered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -361,6 +361,8 @@ def test_a_best_that_cannot_be_marked_is_not_told_as_a_checkpoint_that_cannot_be
         with pytest.raises(RunError, match=r"is written, but cannot be marked as the best: .*No space left"):
             Trainer(config).run()
     assert steps(config.folder) == [8]
+    Trainer(config).run()  # which has nothing left to do but that
+    assert checkpoint.find(config.folder, "best") == checkpoint.find(config.folder, "last").resolve()
 
 
 def test_whatever_a_preprocessor_raises_the_step_the_folder_and_the_reason_are_told(

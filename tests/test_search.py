@@ -26,7 +26,7 @@ from multimodal.search.overrides import override, parsed
 from multimodal.search.plots import write_plots
 from multimodal.search.process import Local
 from multimodal.search.pruners import Hyperband, Median, NoPruner, Pruner
-from multimodal.search.results import table, write_experiment, write_table
+from multimodal.search.results import spread, table, write_experiment, write_table
 from multimodal.search.samplers import TPE, GaussianProcess, Grid, Random, Sampler
 from multimodal.search.space import Parameter, Space, assignments
 from multimodal.search.study import DRIVER, FAILURES, SAME_AS, Search, Study, open_storage
@@ -143,6 +143,8 @@ def test_every_mistake_is_told_at_once_with_its_path(raw: dict[str, Any]) -> Non
         ({"sampler": {"_target_": Grid.target()}, "replicates": 0}, "sampler", "optimizer.lr: give it a step"),
         ({"objectives": {"train/loss": "min", "train/lr": "max"}}, "pruner", "pruner=none"),
         ({"space": {}}, "space", "at least 1"),
+        ({"space": [{"seed": 1}]}, "space", "dictionary"),
+        ({"overrides": "seed=1"}, "overrides", "tuple"),
         ({"storage": "postgres//nowhere"}, None, "cannot be opened"),
     ],
 )
@@ -226,6 +228,7 @@ def test_a_grid_is_every_combination_once_and_none_that_conditions_exclude() -> 
     assert len({json.dumps(one, sort_keys=True) for one in combinations}) == 27
     assert all(("optimizer.betas" in one) == (one["optimizer"] == "adamw") for one in combinations)
     assert sorted(map(str, combinations)) == sorted(map(str, assignments(space)))
+    assert found.choose(found.create("another machine"))[1] in combinations  # which has made one too many
 
 
 def test_a_range_of_whole_numbers_gives_whole_numbers_and_values_come_as_they_are() -> None:
@@ -255,6 +258,8 @@ def test_a_study_that_searched_otherwise_is_not_continued(raw: dict[str, Any], t
 class Written:
     """A run that has ended, with a log that is given to it bit by bit."""
 
+    end = "finished"
+
     def __init__(self, folder: Path, values: Sequence[float | None], each: int) -> None:
         self.folder, self.values, self.each, self.shown, self.stopped = folder, values, each, 0, False
 
@@ -264,7 +269,7 @@ class Written:
         self.folder.mkdir(exist_ok=True)
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         over = self.stopped or self.shown == len(self.values)
-        facts = {"total_steps": len(self.values), "status": "finished" if over else "running"}
+        facts = {"total_steps": len(self.values), "status": self.end if over else "running"}
         (self.folder / "summary.json").write_text(json.dumps(facts))
         return 0 if over else None
 
@@ -301,6 +306,12 @@ def test_who_ends_early_does_not_depend_on_when_a_run_is_looked_at(tmp_path: Pat
     assert {state for state, _, _ in outcomes[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+def test_a_trial_that_stopped_early_has_come_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Written, "end", "stopped early")
+    ended = follow(study(search()), tmp_path, [0.5, 0.25])
+    assert (ended.state, ended.values) == (TrialState.COMPLETE, [0.25])
+
+
 def test_a_trial_whose_objective_is_no_number_is_tried_again_then_fails(tmp_path: Path) -> None:
     ended = follow(study(search()), tmp_path, [0.5, None], retries=2)
     assert ended.state == TrialState.FAIL
@@ -315,9 +326,9 @@ def test_what_a_run_logs_is_known_from_its_configuration(tiny_run: Path) -> None
     assert found == set(logged(config))
 
 
-@pytest.mark.parametrize(("value", "expected"), [("last", 3.0), ("best", 1.0), ("median", 2.0)])
+@pytest.mark.parametrize(("value", "expected"), [("last", 3.0), ("best", 1.0), ("median", 2.5)])
 def test_of_the_values_of_a_run_one_counts(tmp_path: Path, value: Any, expected: float) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"x": x}) + "\n" for x in (2.0, 1.0, 3.0)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"x": x}) + "\n" for x in (2.0, 1.0, 4.0, 3.0)))
     assert values_of(tmp_path, {"x": Objective(mode="min", value=value)}) == {"x": expected}
 
 
@@ -362,6 +373,10 @@ def test_table_and_plots_are_of_all_trials(tmp_path: Path) -> None:
     assert table(found).splitlines()[1].split()[0] == str(found.best.number)
     names = {path.stem for path in write_plots(found, tmp_path / "plots")}
     assert names == {"history", "importance", "parallel", "slices", "curves"}
+
+
+def test_where_no_replicate_ended_that_is_told() -> None:
+    assert list(spread(study(search()))) == ["none came to its end"]
 
 
 def test_where_no_trial_ended_there_is_no_best() -> None:

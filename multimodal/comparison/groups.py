@@ -12,6 +12,7 @@ from multimodal.config import computed
 from multimodal.report.folders import Run, number, split
 from multimodal.report.numbers import better, is_share
 from multimodal.report.overview import speed
+from multimodal.run_folder import FINISHED
 
 SEED = re.compile(r"[-_.]?(?:seed[=_-]?|s)\d+(?=$|[-_.])")
 """How a run's name says its seed."""
@@ -49,9 +50,20 @@ class Compared:
 
     @cached_property
     def keys(self) -> list[str]:
-        """All that some run is measured by: its evaluations, then other facts."""
+        """All that some run is measured by: its evaluations, then other facts; without what is `unlike`."""
         keys = dict.fromkeys(key for group in self.groups for run in group.runs for key in measures(run))
-        return [key for key in keys if key not in FACTS] + [key for key in FACTS if key in keys]
+        unlike = self.unlike
+        return [key for key in keys if key not in FACTS and key not in unlike] + [key for key in FACTS if key in keys]
+
+    @property
+    def unlike(self) -> set[str]:
+        """Metrics whose chance or number of samples is not that of all runs: they were measured on other data."""
+        seen: dict[str, set[tuple[str, float]]] = {}
+        for run in (run for group in self.groups for run in group.runs):
+            for key, value in run.values.items():
+                facts = {"chance": value.chance, "count": value.count}
+                seen.setdefault(key, set()).update((name, fact) for name, fact in facts.items() if fact is not None)
+        return {key for key, facts in seen.items() if len(facts) > len({name for name, _ in facts})}
 
 
 def compared(runs: Iterable[Run], foreign: Iterable[tuple[str, str]] = ()) -> Compared:
@@ -90,7 +102,7 @@ def obstacle(run: Run) -> str | None:
             return "its config.yaml is missing or damaged"
         return None if run.values else "nothing in it can be read"
     status = run.summary.get("status")
-    if status != "finished":
+    if status not in FINISHED:
         step = run.rows[-1]["step"] if run.rows else 0
         return f"is not finished: {status or 'its summary.json is missing or damaged'}, step {step}"
     return None

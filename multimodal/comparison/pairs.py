@@ -27,6 +27,7 @@ def chosen(compared: Compared, patterns: Sequence[str]) -> list[str]:
     """The metrics that patterns stand for, or the main ones of each evaluation; ValueError for one that finds none."""
     if not patterns:
         main = main_metrics([run for group in compared.groups for run in group.runs])
+        main = [key for key in main if key in compared.keys]
         return main or [key for key in compared.keys if key == "train/loss"]
     found: dict[str, None] = {}
     for pattern in patterns:

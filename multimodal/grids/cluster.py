@@ -141,7 +141,8 @@ class Task:
 
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        self.process = subprocess.Popen(self.job.command(), env=environment(self.cores))
+        job = self.job.continued() if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else self.job  # a node was lost
+        self.process = subprocess.Popen(job.command(), env=environment(self.cores))
         while self.process.poll() is None:  # `wait` holds a lock, which `checkpoint` would wait for
             time.sleep(PATIENCE)
         return self.process.returncode
@@ -153,4 +154,4 @@ class Task:
         self.process.terminate()
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Task(self.job, self.cores))
+        return submitit.helpers.DelayedSubmission(Task(self.job.continued(), self.cores))

@@ -62,7 +62,8 @@ class _Machine:
             code, output = self._wait(job, self._environment(place))
         finally:
             self.places.put(place)
-        if self.stop_signal.came is not None and code <= 0:  # below 0: it had not come to heed signals
+        stopped = code <= 0 or job.summary().get("status") == "stopped"  # below 0: it had not come to heed signals
+        if self.stop_signal.came is not None and stopped:  # torchrun ends with 1, however its processes end
             return Outcome(job, INTERRUPTED)
         return outcome(job, code, output)
 

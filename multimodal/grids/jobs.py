@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class Job:
         """What is started; several processes by torchrun."""
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return [sys.executable, *(several if processes > 1 else []), *self.words]
+
+    def continued(self) -> "Job":
+        """The same run where it goes on: what it has computed is not deleted once more."""
+        return replace(self, words=(*self.words, "run.fresh=false"))
 
     def summary(self) -> dict[str, Any]:
         """What the run says of itself; empty if it has not come to that."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from multimodal import checkpoint
-from multimodal.config import DamagedCheckpoint, RunError
+from multimodal.config import ConfigError, DamagedCheckpoint, RunError
 from multimodal.inventory.listing import Entry, size_of
 from multimodal.run_lock import RunLock
 
@@ -72,7 +72,7 @@ def delete(planned: Sequence[Deletion]) -> int:
     for deletion in planned:
         try:
             lock = RunLock(deletion.run)
-        except RunError as error:
+        except (RunError, ConfigError) as error:
             wrong.append(str(error))
             continue
         try:

@@ -12,11 +12,17 @@ from multimodal.report.folders import Run, number, read
 from multimodal.report.numbers import NONE, plain, short
 from multimodal.report.overview import main_metrics
 from multimodal.results_table import aligned
+from multimodal.run_folder import FINISHED
 from multimodal.tracker import METRICS
 from multimodal.units import Duration
 
 Status = Literal["live", "finished", "stopped", "failed", "killed", "broken", "evaluated"]
-ENDINGS: dict[str, Status] = {"finished": "finished", "stopped": "stopped", "failed": "failed", "running": "killed"}
+ENDINGS: dict[str, Status] = {
+    **dict.fromkeys(FINISHED, "finished"),
+    "stopped": "stopped",
+    "failed": "failed",
+    "running": "killed",
+}
 """What a run that is not live said last, and how it stands."""
 RECENT = 5
 """Entries of the log that a rate is the median of."""

@@ -34,9 +34,11 @@ def checked(raw: Mapping[str, Any]) -> SweepConfig:
         config = check(raw, SweepConfig)
     except ConfigError as error:
         problems = error.problems
-    space = salvaged(raw.get("space"), Parameter)
-    keys = list(raw.get("space") or ())
-    words = [word for word in raw.get("overrides") or () if isinstance(word, str)]
+    given = raw.get("space")
+    space = salvaged(given, Parameter)
+    keys = list(given) if isinstance(given, Mapping) else []
+    listed = raw.get("overrides")
+    words = [word for word in listed if isinstance(word, str)] if isinstance(listed, list | tuple) else []
     bad_words, bad_conditions = list(_unfit(words, keys)), list(conditions(space))
     problems += [*bad_words, *bad_conditions]
     flagged = {path for path, _ in bad_words}

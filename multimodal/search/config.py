@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Strict
@@ -11,6 +12,8 @@ from multimodal.resolve import Operational, Section
 from multimodal.search.pruners import NoPruner, Pruner
 from multimodal.search.samplers import Sampler
 from multimodal.search.space import Parameter
+
+MOST_REPLICATES = 100
 
 
 class Objective(Section):
@@ -26,7 +29,7 @@ class Objective(Section):
         if self.value == "last":
             return values[-1]
         if self.value == "median":
-            return sorted(values)[len(values) // 2]
+            return median(values)
         return max(values) if self.mode == "max" else min(values)
 
 
@@ -82,7 +85,7 @@ class SweepConfig(Config):
     """Of each trial; null divides the cores among the workers."""
     retries: Operational[int] = Field(ge=0)
     """How often a trial that died, or whose objective is no number, is started again."""
-    replicates: Operational[int] = Field(ge=0)
+    replicates: Operational[int] = Field(ge=0, le=MOST_REPLICATES)
     """How often the best trial is repeated in the end, with other seeds."""
     storage: Operational[str | None] = Field(min_length=1)
     """A database, as SQLAlchemy writes them: postgresql+psycopg://user@host/name; null for a file in the folder."""

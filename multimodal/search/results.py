@@ -80,6 +80,9 @@ def _cell(value: Any) -> str:
 def spread(study: Study) -> Iterator[str]:
     """Of trials that differ in their seed: mean and standard deviation of each objective."""
     done = [trial.values for trial in study.trials if trial.state == TrialState.COMPLETE]
+    if not done:
+        yield "none came to its end"
+        return
     for metric, values in zip(study.search.objectives, zip(*done, strict=True), strict=True):
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         yield f"{metric} {short(statistics.fmean(values))} ± {short(deviation)}"

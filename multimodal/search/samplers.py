@@ -99,6 +99,6 @@ class Grid(Sampler):
                 return {}
 
             def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-                return label(combinations[number][param_name])
+                return label(combinations[number % len(combinations)][param_name])  # machines may make one too many
 
         return Listed()

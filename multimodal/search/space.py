@@ -176,6 +176,8 @@ def conditions(space: Space) -> Iterator[tuple[str, str]]:
                 yield path, f"is no key of the space.{did_you_mean(other, space)}"
             elif (values := space[other].values) is None:
                 yield path, "a condition is on values, and this is a range"
+            elif not alternatives(wanted):
+                yield path, "a condition on no value never holds"
             else:
                 for value in alternatives(wanted):
                     if label(value) not in map(label, values):

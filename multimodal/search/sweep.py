@@ -10,7 +10,7 @@ from optuna.exceptions import StorageInternalError
 from multimodal.cli import compose
 from multimodal.config import ConfigError, RunError
 from multimodal.endings import StopSignal
-from multimodal.search.config import SweepConfig, size_of
+from multimodal.search.config import MOST_REPLICATES, SweepConfig, size_of
 from multimodal.search.driver import Driver
 from multimodal.search.locks import Locks
 from multimodal.search.overrides import override
@@ -91,7 +91,7 @@ def _replicates(config: SweepConfig, study: Study) -> Study:
         study.search,
         name=f"{study.search.run_name(best.number)}-seeds",
         overrides=tuple(words),
-        space={"seed": Parameter(values=tuple(range(seed + 1, seed + 1 + config.replicates)))},
+        space={"seed": Parameter(values=tuple(range(seed + 1, seed + 1 + MOST_REPLICATES)))},  # later there may be more
         sampler=Grid(),
         pruner=NoPruner(),
         trials=config.replicates,

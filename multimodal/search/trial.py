@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from multimodal.not_finite import FILE as NOT_FINITE
+from multimodal.run_folder import FINISHED
 from multimodal.search.locks import Locks
 from multimodal.search.metrics import rows_of, summary_of, values_of
 from multimodal.search.process import LeftOver, Process, Start
@@ -128,7 +129,7 @@ class Followed:
     def _settle(self, status: int, left_over: bool) -> FrozenTrial | None:
         """Of a process that has ended: tell the study, or let it be started again."""
         said = summary_of(self.folder).get("status")
-        if said == "finished" and status == 0:
+        if said in FINISHED and status == 0:
             values = values_of(self.folder, self.study.search.objectives)
             wrong = [f"{metric} is no number" for metric, value in values.items() if not is_number(value)]
             if not wrong:
