@@ -24,6 +24,8 @@ def repeated(words: Sequence[str]) -> list[str]:
     word = asked[-1].removeprefix(f"{KEY}=").strip("'\"") if asked else ""
     if word in ("", "null"):
         return list(words)
+    if {"-m", "--multirun"} & set(words):
+        raise ConfigError([(KEY, "repeats one run: not with -m, whose runs would not know of it")])
     runs = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("paths.runs=")), "runs")
     _store(stored(word, Path(runs)))
     return [f"--config-name={NODE}", *(word for word in words if word not in asked)]

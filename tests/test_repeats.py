@@ -169,6 +169,13 @@ def test_other_command_lines_stay_as_they_are(words: list[str]) -> None:
 # --- facts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+def test_a_grid_of_repeats_is_refused(original: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.repeat: repeats one run: not with -m"):
+        repeated([option, f"run.repeat={original}", "seed=1,2"])
+    assert repeated([option, "seed=1,2"]) == [option, "seed=1,2"]
+
+
 def test_data_are_known_by_their_number_their_keys_and_their_samples(tmp_path: Path) -> None:
     def found(**changes: Any) -> dict[str, Any]:
         knobs = {"size": 40, "image_size": 32, **changes}

@@ -85,7 +85,7 @@ class Cluster(Config):
 
     def _cores(self) -> int:
         """Of each process."""
-        return self.cpus_per_process or joblib.cpu_count() // (self.jobs_at_once * self.processes_per_node)
+        return self.cpus_per_process or max(1, joblib.cpu_count() // (self.jobs_at_once * self.processes_per_node))
 
     def _executor(self, logs: Path) -> "submitit.AutoExecutor":
         try:
