@@ -8,6 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from multimodal.results_table import aligned
 from multimodal.search.overrides import experiment
 from multimodal.search.study import ENDED, FAILURES, SAME_AS, Study
 
@@ -69,8 +70,7 @@ def table(study: Study) -> str:
     found = rows(study)
     columns = ["trial", "state", *study.search.objectives, *study.search.space]
     cells = [columns, *([_cell(found[number][column]) for column in columns] for number in numbers)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return aligned(cells)
 
 
 def _cell(value: Any) -> str:
