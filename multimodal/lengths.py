@@ -1,5 +1,6 @@
 """Inputs of different lengths, run in chunks of like length, so that little of what is computed is padding."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -7,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 OVERHEAD = 128
-"""What a chunk costs beside its tokens, as so many tokens."""
+"""What a chunk costs beside its tokens, as so many tokens, on a CPU."""
+
+MULTIPLE = 16
+"""Of tokens, that all of a batch are filled up to on other devices."""
 
 
 def chunks(
@@ -37,15 +41,16 @@ def by_length(
 ) -> Tensor:  # [n, W]
     """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device.
 
-    All chunks are embedded at once: the gradient of a table is as large as the table, however few rows it is for.
+    A CPU computes them in chunks. All of these are embedded at once: the gradient of a table is as large as the table,
+    however few rows it is for. Other devices compute all rows together, cut to a few lengths that come again and
+    again: they prepare kernels for each new shape.
     """
+    if inputs.device.type != "cpu":
+        return encode(inputs[:, : MULTIPLE * math.ceil(int(lengths.max()) / MULTIPLE)])
     order = lengths.argsort(stable=True)
     found = chunks(lengths[order].numpy())
     if len(found) == 1:
         return encode(inputs[:, : found[0][1]])
-    if inputs.is_cuda:
-        order = order.pin_memory()  # the copy of other memory waits
-    order = order.to(inputs.device, non_blocking=True)
     rows = torch.split(inputs[order], [count for count, _ in found])
     cut = [some[:, :length] for some, (_, length) in zip(rows, found, strict=True)]
     embedded = [] if embedding is None else [_all_at_once(embedding, cut)]

@@ -98,6 +98,15 @@ def test_rows_come_back_in_their_order(rows: list[int]) -> None:
     assert less <= len(rows) * max(rows) < whole
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(1, 16), (16, 16), (17, 32), (49, 64), (65, 77), (77, 77)])
+def test_a_device_that_prepares_kernels_for_each_shape_sees_few(longest: int, expected: int) -> None:
+    shapes: list[tuple[int, ...]] = []
+    lengths = torch.randint(1, longest + 1, (9,), generator=torch.Generator().manual_seed(0))
+    lengths[4] = longest
+    by_length(lambda x: shapes.append(tuple(x.shape)) or x, torch.zeros(9, 77, device="meta"), lengths)  # type: ignore[func-returns-value]
+    assert shapes == [(9, expected)]
+
+
 # --- towers ---------------------------------------------------------------------------------------------------------
 
 
