@@ -3,12 +3,17 @@
     uv run python benchmarks/contrastive_loss.py --quick      # batches to 4096
     uv run python benchmarks/contrastive_loss.py              # to 32768, and the memory of 65536
     uv run python benchmarks/contrastive_loss.py 4096         # of these sizes only
+    uv run python benchmarks/contrastive_loss.py --device cuda    # on a GPU: 4096, 16384, 32768
 
 Features are unit rows of 512 dimensions. Times are of one thread, in seconds of the processor, all variants in turn in
 one process; ratios are medians of the ratios of rounds. The share of the peak is what the products that a variant needs
 would take at the speed of a product alone, measured in the same rounds, of what it took. Memory is the highest resident
 size above what holds the features, of a process of its own (Linux). All ratios are to the peer in float32; its own bf16
 has a row. Ends in one line of JSON: how many times better.
+
+On a GPU times are by its clock, and memory is what tensors take beside the features at the peak
+(`torch.cuda.max_memory_allocated`). Products in float32 are no TF32. Larger tiles than a processor's cache likes
+have rows, too. Ratios are to the peer in the same precision there.
 """
 
 import argparse
@@ -16,19 +21,21 @@ import json
 import multiprocessing
 import re
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
+from stopwatch import DEVICES, Device, peak, seconds
 from torch import Tensor
 
 from multimodal.losses.infonce import info_nce
 from multimodal.losses.sigmoid import sigmoid_loss
+from multimodal.losses.tiles import TILE
 
 DIMS = 512
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -61,15 +68,15 @@ def in_bf16(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
     """With products in bf16."""
 
     def call(inputs: Inputs) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
             return loss(inputs)
 
     return call
 
 
-def tiled(inputs: Inputs) -> Tensor:
+def tiled(inputs: Inputs, tile: int = TILE) -> Tensor:
     """As for batches that are not small."""
-    return info_nce(*inputs[:3], keep_logits=False)
+    return info_nce(*inputs[:3], keep_logits=False, tile=tile)
 
 
 def dense(inputs: Inputs) -> Tensor:
@@ -77,9 +84,9 @@ def dense(inputs: Inputs) -> Tensor:
     return info_nce(*inputs[:3], keep_logits=True)
 
 
-def sigmoid(inputs: Inputs) -> Tensor:
+def sigmoid(inputs: Inputs, tile: int = TILE) -> Tensor:
     """There is one way."""
-    return sigmoid_loss(*inputs)
+    return sigmoid_loss(*inputs, tile=tile)
 
 
 VARIANTS = {
@@ -93,39 +100,41 @@ VARIANTS = {
     "sigmoid_fp32": Variant(sigmoid, 3, 0, "SigLipLoss"),
     "sigmoid_bf16": Variant(in_bf16(sigmoid), 3, 0, "SigLipLoss", torch.bfloat16),
 }
+TILES = (4096, 8192)
+"""Of other variants on a GPU."""
 REPORTED = ("infonce_memory_16384", "sigmoid_memory_8192")
 NAMED = ("infonce_dense_fp32_4096", "infonce_tiled_fp32_4096", "infonce_tiled_bf16_4096", "sigmoid_fp32_4096")
 
 
-def made(size: int, variant: str) -> Inputs:
+def made(size: int, variant: str, device: Device = "cpu") -> Inputs:
     """Unit features, a scale and a bias as in training."""
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(size, DIMS, generator=generator) for _ in range(2)]
     for z in features:
         z /= z.norm(dim=1, keepdim=True)
     at_start = (10.0, -10.0) if "sig" in variant.lower() else (50.0, 0.0)
-    x, y, scale, bias = (z.requires_grad_() for z in (*features, *map(torch.tensor, at_start)))
+    x, y, scale, bias = (z.to(device).requires_grad_() for z in (*features, *map(torch.tensor, at_start)))
     return x, y, scale, bias
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Of the processor."""
-    started = time.process_time()
-    run()
-    return time.process_time() - started
-
-
-def step(variant: str, inputs: Inputs) -> None:
-    """Forward and backward."""
+def forget(inputs: Inputs) -> None:
+    """The gradients."""
     for leaf in inputs:
         leaf.grad = None
-    VARIANTS[variant].loss(inputs).backward()
+
+
+def step(variant: Variant, inputs: Inputs) -> Tensor:
+    """Forward and backward; the loss."""
+    forget(inputs)
+    loss = variant.loss(inputs)
+    loss.backward()
+    return loss.detach()
 
 
 def product_speed(dtype: torch.dtype) -> float:
     """Multiplications and additions a second of a product alone, of the size of a tile."""
     a, b = (torch.randn(1024, DIMS).to(dtype) for _ in range(2))
-    times = [seconds(lambda: torch.mm(a, b.T)) for _ in range(5)]
+    times = [seconds("cpu", lambda: torch.mm(a, b.T)) for _ in range(5)]
     return 2 * 1024 * 1024 * DIMS / statistics.median(times[1:])
 
 
@@ -141,7 +150,7 @@ def peak_memory(variant: str, size: int, answer: Any) -> None:
     inputs = made(size, variant)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size is counted anew
     before = status("VmRSS")
-    step(variant, inputs)
+    step(VARIANTS[variant], inputs)
     answer.send(status("VmHWM") - before)
 
 
@@ -189,7 +198,7 @@ def measure_times(sizes: dict[int, int]) -> tuple[dict[tuple[str, int], float], 
         for number in range(rounds + (size <= 4096)):  # one to warm up
             for name in names:
                 given = inputs["sigmoid" if "sig" in name.lower() else "infonce"]
-                taken = seconds(lambda: step(name, given))  # noqa: B023
+                taken = seconds("cpu", lambda: step(VARIANTS[name], given))  # noqa: B023
                 if number or size > 4096:
                     times[name].append(taken)
             for dtype, measured in speeds.items():
@@ -205,6 +214,55 @@ def measure_times(sizes: dict[int, int]) -> tuple[dict[tuple[str, int], float], 
                 line += f" {ratios[name, size]:5.2f}x ({min(by_round):.2f}-{max(by_round):.2f})"
             print(line, flush=True)
     return medians, ratios
+
+
+def variants_on_a_gpu() -> dict[str, Variant]:
+    """All, and ours with larger tiles; the peer is the one of the same precision."""
+    found = dict(VARIANTS)
+    for tile in TILES:
+        for loss, of in ((partial(tiled, tile=tile), "infonce_tiled"), (partial(sigmoid, tile=tile), "sigmoid")):
+            found[f"{of}_fp32_{tile}"] = replace(VARIANTS[f"{of}_fp32"], loss=loss)
+            found[f"{of}_bf16_{tile}"] = replace(VARIANTS[f"{of}_bf16"], loss=in_bf16(loss))
+    return {
+        name: replace(variant, peer=f"{variant.peer}_bf16") if variant.dtype == torch.bfloat16 else variant
+        for name, variant in found.items()
+    }
+
+
+def measure_on_a_gpu(sizes: list[int], rounds: int) -> None:
+    """Times and memory of all that fits, then one line of JSON; AssertionError if a loss is not the peer's."""
+    variants, answer, wrong = variants_on_a_gpu(), {}, []
+    for size in sizes:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        names = [name for name, variant in variants.items() if variant.matrices * size**2 * 4 < 0.9 * free]
+        inputs = {name: made(size, name, "cuda") for name in ("infonce", "sigmoid")}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        memory, losses = {}, {}
+        for number in range(rounds + 1):  # one to warm up
+            for name in names:
+                given, variant = inputs["sigmoid" if "sig" in name.lower() else "infonce"], variants[name]
+                if number:
+                    times[name].append(seconds("cuda", lambda: step(variant, given)))  # noqa: B023
+                else:
+                    losses[name] = step(variant, given).item()
+                    forget(given)
+                    memory[name] = peak("cuda", lambda: step(variant, given))  # noqa: B023
+        for name in names:
+            line, peer = f"{name:24} {size:6}", variants[name].peer
+            line += f" {1e3 * statistics.median(times[name]):9.2f} ms {memory[name] / 2**20:9.1f} MiB"
+            if peer in names:
+                by_round = [theirs / ours for theirs, ours in zip(times[peer], times[name], strict=True)]
+                answer[f"{name}_{size}"] = statistics.median(by_round)
+                answer[f"{name}_memory_{size}"] = memory[peer] / memory[name]
+                apart = abs(losses[name] / losses[peer] - 1)
+                line += f" {answer[f'{name}_{size}']:6.2f}x ({min(by_round):.2f}-{max(by_round):.2f})"
+                line += f" {answer[f'{name}_memory_{size}']:7.1f}x less, loss differs by {apart:.0e}"
+                if apart > (1e-4 if variants[name].dtype == torch.float32 else 2e-2):
+                    wrong.append(f"{name} of {size}")
+            print(line, flush=True)
+    print(json.dumps({name: round(ratio, 2) for name, ratio in answer.items() if "Loss" not in name}))
+    assert not wrong, f"another loss: {', '.join(wrong)}"
 
 
 def draw(times: dict[tuple[str, int], float], memory: dict[tuple[str, int], int], path: Path) -> None:
@@ -234,7 +292,11 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", type=int, help="batches to measure")
     parser.add_argument("--quick", action="store_true", help="two rounds of small batches")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/contrastive_loss.png"), help="for the curves")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="cpu unless told; no curves of a GPU")
     asked = parser.parse_args()
+    if asked.device == "cuda":
+        measure_on_a_gpu(asked.sizes or ([4096] if asked.quick else [4096, 16384, 32768]), 2 if asked.quick else 7)
+        return
     torch.set_num_threads(1)
     sizes = asked.sizes or ([1024, 4096] if asked.quick else [1024, 2048, 4096, 8192, 16384, 32768])
     # What the peer takes grows with the square: few rounds of large batches.
