@@ -188,9 +188,9 @@ class Trainer:
         order = Batches(
             state.num_samples, config.seed, config.global_batch_size, *ranks, start=state.step, stop=state.total_steps
         )
-        timeout = config.timeout.seconds
+        timeout, pinned = config.timeout.seconds, self.device.type == "cuda"
         return training_batches(
-            self.source, self.assembled.readers, order, config.seed, config.workers, self.kept, timeout
+            self.source, self.assembled.readers, order, config.seed, config.workers, self.kept, timeout, pinned
         )
 
     def _open_log(self) -> None:

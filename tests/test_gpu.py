@@ -246,6 +246,19 @@ def test_no_step_waits_for_the_device(tiny: TinyConfig, interrupt: Interrupt, ki
     assert Trainer(config).run()["status"] == "finished"
 
 
+def test_batches_come_in_pinned_memory(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, pinned = Batch.to, []
+
+    def to(batch: Batch, device: torch.device) -> Batch:
+        pinned.extend(x.is_pinned() for x in (*batch.inputs.values(), batch.indices, *batch.ids.values()))
+        return original(batch, device)
+
+    monkeypatch.setattr(Batch, "to", to)
+    Trainer(tiny_config(GPU, "duration=2steps")).run()
+    assert len(pinned) >= 8
+    assert all(pinned)
+
+
 # --- bit for bit ----------------------------------------------------------------------------------------------------
 
 EXACT: dict[str, tuple[str, ...]] = {

@@ -1,12 +1,19 @@
 """What a run is, and what it refuses before it starts."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import TinyConfig
 from tiny_runs import rows
+from torch.utils.data import DataLoader
 
+from multimodal import trainer
+from multimodal.batch import Batch
 from multimodal.config import ConfigError
+from multimodal.data import loader
 from multimodal.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -24,6 +31,24 @@ def test_a_row_says_what_the_step_was(tiny_config: TinyConfig) -> None:
         assert row["train/samples_per_s"] > 0
         assert 0 <= row["train/data_wait"] <= 1
         assert "train/finite" not in row
+
+
+def test_a_run_on_a_cpu_takes_no_memory_of_a_gpu(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[bool] = []
+
+    def loader_of(*given: Any, pin_memory: bool, **more: Any) -> DataLoader[Any]:
+        pinned.append(pin_memory)
+        return DataLoader(*given, **more)
+
+    def batches(*given: Any) -> Iterator[Batch]:
+        with pytest.MonkeyPatch.context() as where_there_is_one:
+            where_there_is_one.setattr(torch.cuda, "is_available", lambda: True)
+            return loader.training_batches(*given)
+
+    monkeypatch.setattr(loader, "DataLoader", loader_of)
+    monkeypatch.setattr(trainer, "training_batches", batches)
+    Trainer(tiny_config("duration=1steps")).run()
+    assert pinned == [False]
 
 
 def test_a_run_learns(tiny_config: TinyConfig) -> None:

@@ -147,6 +147,7 @@ def training_batches(
     workers: int,
     kept: Mapping[str, Kept] = MappingProxyType({}),
     timeout: float = 0,  # seconds that a batch may take to come from the workers; 0 for any
+    pinned: bool = False,  # in memory that a GPU fetches by itself; this process then holds memory of the GPU
 ) -> Generator[Batch, None, None]:
     """The batches of `order`; the same ones whatever the number of workers. Of `kept` towers no inputs are read.
 
@@ -158,7 +159,7 @@ def training_batches(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_quiet_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         timeout=timeout if workers else 0,
         generator=torch.Generator(),  # not the global one, whose state belongs to the step
     )
