@@ -14,7 +14,19 @@ import multimodal
 ROOT = Path(multimodal.__file__).parent
 FAMILIES = ("towers", "losses", "data", "evals")
 LAYERS = (
-    ("batch", "checksums", "clock", "distributed", "files", "lengths", "offline", "patience", "progress", "units"),
+    (
+        "batch",
+        "checksums",
+        "clock",
+        "distributed",
+        "files",
+        "lengths",
+        "offline",
+        "patience",
+        "progress",
+        "threads",
+        "units",
+    ),
     ("resolve",),
     ("parts",),
     FAMILIES,

@@ -58,6 +58,14 @@ def test_one_point_that_is_far_off_moves_the_law_little() -> None:
     assert np.abs(np.log(found(SIZES) / clean)).max() < 0.02
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [0.02, 0.3, 3.0])
+def test_scattered_errors_overflow_nothing(steps: float) -> None:
+    sizes = 1e13 * np.exp(steps * np.arange(5).repeat(3))
+    errors = [0.34, 0.417, 0.367, 0.333, 0.33, 0.383, 0.272, 0.25, 0.285, 0.255, 0.28, 0.262, 0.207, 0.204, 0.2]
+    assert 0 <= fit(sizes, np.array(errors), 100, 0).foretold(2 * sizes[-1])[0] < 1
+
+
 def test_the_same_seed_gives_the_same_intervals() -> None:
     error = (0.1 + 3 * SIZES**-0.3) * np.exp(np.random.default_rng(0).normal(scale=0.01, size=len(SIZES)))
     first, second = fit(SIZES, error, 20, 3), fit(SIZES, error, 20, 3)

@@ -18,9 +18,9 @@ from multimodal import distributed
 from multimodal.evals import figures
 from multimodal.evals.accuracy import accuracies
 from multimodal.evals.probes import Examples, Probe
-from multimodal.evals.threads import one_thread
 from multimodal.evals.zero_shot import confusion_counts
 from multimodal.parts import Report
+from multimodal.threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

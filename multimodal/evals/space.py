@@ -11,8 +11,8 @@ from torch import Tensor
 
 from multimodal.evals.intervals import means
 from multimodal.evals.ranking import Matches, chance_metrics, ranked
-from multimodal.evals.threads import one_thread
 from multimodal.parts import Estimate
+from multimodal.threads import one_thread
 
 TILE = 256
 """Rows of a matrix of similarities that are there at a time."""

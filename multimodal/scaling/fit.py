@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
+
+from multimodal.threads import one_thread
 
 Floats = NDArray[np.float64]
 
@@ -17,6 +20,8 @@ HUBER = 0.01
 STARTS = (0.0, 0.3, 0.6, 0.9)
 """What the floor is at the start, as a share of the least error."""
 STEEPEST = 5.0
+NOTHING = 1e-12
+"""A share of the least error: what falls is never less, in the middle of the sizes."""
 TAIL = 2.5
 """Percent, on each side of an interval."""
 
@@ -96,7 +101,8 @@ def fit(
     noise = (residuals - residuals.mean()) * np.sqrt(len(x) / left) * stats.t.ppf(0.975, left) / stats.norm.ppf(0.975)
     rng = np.random.default_rng(seed)
     drawn = (fitted * np.exp(rng.choice(noise, len(x))) for _ in range(resamples))
-    return Fit(law, [_best(x, one, (STARTS[0], STARTS[-1])) for one in drawn], noise, seed)
+    bar = tqdm(drawn, total=resamples, desc="Fitting resamples", unit="fit", delay=2, disable=None)
+    return Fit(law, [_best(x, one, (STARTS[0], STARTS[-1])) for one in bar], noise, seed)
 
 
 def _best(x: Floats, error: Floats, starts: tuple[float, ...]) -> Law:
@@ -105,6 +111,8 @@ def _best(x: Floats, error: Floats, starts: tuple[float, ...]) -> Law:
 
     centre = np.exp(np.log(x).mean())
     z, logs, top = np.log(x / centre), np.log(error), error.min()
+
+    levels = (logs.min() + np.log(NOTHING), logs.max() + STEEPEST * z.max())
 
     def loss(p: Floats) -> tuple[float, Floats]:
         """Of a in units of the least error, the level at the centre, and c; and its gradient."""
@@ -119,9 +127,10 @@ def _best(x: Floats, error: Floats, starts: tuple[float, ...]) -> Law:
         for share in starts:
             slope, level = np.polyfit(z, np.log(error - share * top), 1)
             start = np.array([share, level, np.clip(-slope, 0, STEEPEST)])
-            bounds = [(0, error.max() / top), (None, None), (0, STEEPEST)]
-            options = {"ftol": 1e-12, "gtol": 1e-8, "maxiter": 500}
+            bounds = [(0, error.max() / top), levels, (0, STEEPEST)]
+            options = {"ftol": 1e-9, "gtol": 1e-6, "maxiter": 500}
             yield minimize(loss, start, method="L-BFGS-B", jac=True, bounds=bounds, options=options)
 
-    a, level, c = min(solutions(), key=lambda solution: solution.fun).x
+    with one_thread():
+        a, level, c = min(solutions(), key=lambda solution: solution.fun).x
     return Law(float(a * top), float(level + c * np.log(centre)), float(c))
