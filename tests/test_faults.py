@@ -201,7 +201,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(tmp_p
     second = start(command(tmp_path, "one", *words))  # at once, and what was killed has left no lock
     wait_for_more(tmp_path, "one", 0, second, since)
     second.send_signal(signal.SIGTERM)
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=240)
     assert second.returncode == 0, output
     assert not (tmp_path / "one" / ".lock").exists()
 
@@ -222,7 +222,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_in_words_and_the_same_command
     process = start(command(tmp_path, "one", *words))
     wait_for_more(tmp_path, "one", saved, process, since)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert f"continues after step {saved}" in output
     assert process.returncode == 0, output
 
