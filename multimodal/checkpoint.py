@@ -217,13 +217,18 @@ def prune(run: Path, keep: int) -> None:
     delete(run, [place for step in steps(run)[:-keep] if (place := step_folder(run, step)).resolve() != best])
 
 
-def delete(run: Path, folders: Iterable[Path]) -> None:
-    """Delete checkpoints of a run, or damaged ones that were set aside; `best` no longer points to one that goes."""
+def delete(run: Path, folders: Iterable[Path]) -> list[Path]:
+    """Delete checkpoints of a run, or damaged ones that were set aside; `best` no longer points to one that goes.
+
+    What is left of those that could not be deleted, which may have another name.
+    """
     link = run / FOLDER / BEST
+    remaining = []
     for folder in folders:
         if link.is_symlink() and link.resolve() == folder.resolve():
             link.unlink()
-        _remove(folder)
+        remaining += _remove(folder)
+    return remaining
 
 
 def damaged(run: Path) -> list[Path]:
@@ -231,10 +236,10 @@ def damaged(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob(f"{DAMAGED}*"))
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path) -> list[Path]:
     """Delete a checkpoint, or what is left of one; what cannot be deleted is left for the next start, with a warning.
 
-    Neither a kill nor an error half way leaves one that looks complete.
+    Neither a kill nor an error half way leaves one that looks complete. What is left, under the name that it has then.
     """
     try:
         if not path.name.startswith(PARTIAL):
@@ -245,6 +250,8 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s cannot be deleted, and is left for the next start: %s", path, error)
+        return [path]
+    return []
 
 
 def clean(run: Path) -> None:

@@ -66,7 +66,12 @@ def main(composed: DictConfig) -> None:
     if not count:
         logger.info("there is nothing to delete")
     elif _agreed(asked.yes, f"delete {count} checkpoints, {short(sum(d.size for d in planned))}B? [y/N] "):
-        logger.info("%sB deleted", short(cleaning.delete(planned)))
+        cleaned = cleaning.delete(planned, asked.clean)
+        for told in cleaned.gone:
+            logger.warning("%s", told)
+        logger.info("%sB deleted", short(cleaned.freed))
+        if cleaned.left:
+            raise RunError("\n  ".join(["not all was deleted:", *cleaned.left]))
 
 
 def _filtered(asked: RunsConfig, listed: list[Entry]) -> list[Entry]:

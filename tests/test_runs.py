@@ -17,6 +17,7 @@ from multimodal.config import ConfigError, RunError
 from multimodal.inventory.cleaning import delete, planned
 from multimodal.inventory.listing import Entry, clock, entries
 from multimodal.inventory.where import Condition
+from multimodal.report.numbers import short
 
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
 
@@ -194,14 +195,14 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 def test_a_rule_deletes_what_it_says_and_what_stays_is_sound(run: Path, rule: str, stay: list[int], best: bool) -> None:
     before = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     deletions, left = planned(entries([run]), rule)  # type: ignore[arg-type]
-    freed = delete(deletions)
-    assert left == []
+    cleaned = delete(deletions, rule)  # type: ignore[arg-type]
+    assert (left, cleaned.left, cleaned.gone) == ([], [], [])
     assert checkpoint.steps(run) == stay
     assert (run / "checkpoints" / "best").is_symlink() == best
     for step in stay:
         checkpoint.verify(checkpoint.step_folder(run, step))
     assert len(checkpoint.damaged(run)) == (rule != "damaged")
-    assert freed == before - sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) > 0
+    assert cleaned.freed == before - sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) > 0
     assert not list((run / "checkpoints").glob(".partial-*"))
     assert planned(entries([run]), rule) == ([], [])  # type: ignore[arg-type]
 
@@ -217,9 +218,107 @@ def test_nothing_of_a_live_run_is_deleted_also_if_it_has_started_meanwhile(run: 
     deletions, _ = planned(entries([run]), "all")
     train(run)
     assert planned(entries([run]), "all") == ([], [("a", "is being trained")])
-    with pytest.raises(RunError, match="another process trains"):
-        delete(deletions)
+    (told,) = delete(deletions, "all").left
+    assert "another process trains" in told
     assert checkpoint.steps(run) == [2, 4, 6, 8]
+
+
+def go_on(run: Path, step: int) -> None:
+    """Leave a checkpoint more, as a run does that was continued."""
+    shutil.copytree(checkpoint.find(run), checkpoint.step_folder(run, step))
+
+
+def test_a_run_that_went_on_after_the_question_keeps_what_its_rule_keeps_now(run: Path) -> None:
+    deletions, _ = planned(entries([run]), "best_and_last")
+    go_on(run, 10)
+    checkpoint.mark_best(run, 6)
+    shutil.rmtree(checkpoint.step_folder(run, 2))
+    cleaned = delete(deletions, "best_and_last")
+    assert checkpoint.steps(run) == [4, 6, 8, 10]  # 4 and 8 go by the new plan only, 6 by the old one only
+    assert cleaned.freed == 0
+    assert cleaned.gone == ["a: step-00000002 was gone already"]
+    assert cleaned.left == ["a: step-00000006 stays: the run has gone on, and the rule keeps it now"]
+
+
+def test_what_both_plans_say_is_deleted(run: Path) -> None:
+    deletions, _ = planned(entries([run]), "last")
+    go_on(run, 10)
+    cleaned = delete(deletions, "last")
+    assert checkpoint.steps(run) == [8, 10]
+    assert cleaned.freed == deletions[0].size
+    assert cleaned.left == []
+
+
+def test_a_checkpoint_of_a_run_that_was_started_over_is_not_the_one_that_was_asked_about(run: Path) -> None:
+    deletions, _ = planned(entries([run]), "all")
+    again = run.with_name("again")
+    shutil.copytree(run, again, symlinks=True)
+    shutil.rmtree(run)
+    again.rename(run)
+    cleaned = delete(deletions, "all")
+    assert (cleaned.freed, len(cleaned.left)) == (0, 4)
+    assert "another one than before" in cleaned.left[0]
+    assert checkpoint.steps(run) == [2, 4, 6, 8]
+
+
+def test_a_run_that_stands_otherwise_than_when_it_was_asked_about_is_left_alone(run: Path) -> None:
+    deletions, _ = planned(entries([run]), "all")
+    ended(run, "stopped")
+    assert delete(deletions, "all").left == [f"{deletions[0]}: the run was finished and is stopped now"]
+    assert checkpoint.steps(run) == [2, 4, 6, 8]
+
+
+def test_the_oldest_is_kept_if_what_was_to_stay_was_damaged_after_the_question(run: Path) -> None:
+    deletions, _ = planned(entries([run]), "last")
+    (checkpoint.find(run) / "model.safetensors").write_bytes(b"")
+    (told,) = delete(deletions, "last").left
+    assert "is damaged" in told
+    assert checkpoint.steps(run) == [2, 4, 6, 8]
+
+
+def test_only_what_is_gone_counts_as_freed_and_what_is_left_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deletions, _ = planned(entries([run]), "best_and_last")
+    assert [folder.name for folder in deletions[0].folders] == ["step-00000002", "step-00000006"]
+    delete_tree = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path.name.endswith("2"):
+            (path / "config.yaml").unlink()
+            raise PermissionError(13, "Permission denied", str(path))
+        delete_tree(path)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    before = sum(path.lstat().st_size for path in run.rglob("*") if path.is_file())
+    told = r"not all was deleted:\n  a: .*old-step-00000002 cannot be deleted"
+    with caplog.at_level("INFO"), pytest.raises(RunError, match=told):
+        run_program("runs", f"paths.runs={run.parent}", "clean=best_and_last", "yes=true")
+    freed = before - sum(path.lstat().st_size for path in run.rglob("*") if path.is_file())
+    assert f"{short(freed)}B deleted" in caplog.text
+    assert short(freed) != short(deletions[0].size)
+
+
+def test_what_cannot_be_locked_or_read_is_told_and_the_others_are_cleaned(run: Path) -> None:
+    locked, unread = (run.with_name(name) for name in ("locked", "unread"))
+    for place in (locked, unread):
+        shutil.copytree(run, place, symlinks=True)
+    deletions, left = planned(entries([locked, run, unread]), "last")
+    (locked / run_lock.NAME).mkdir()
+    (unread / "config.yaml").write_bytes(b"{")
+    told = delete(deletions, "last").left
+    assert left == []
+    assert [line.partition(":")[0] for line in told] == ["locked", "unread"]
+    assert "cannot be written" in told[0]
+    assert "was finished and is broken now" in told[1]
+    assert [checkpoint.steps(place) for place in (locked, run, unread)] == [[2, 4, 6, 8], [8], [2, 4, 6, 8]]
+
+
+def test_a_run_whose_configuration_cannot_be_read_is_not_cleaned_with_the_finished_ones(run: Path) -> None:
+    shutil.copytree(run, broken := run.with_name("broken"), symlinks=True)
+    (broken / "config.yaml").write_bytes(b"\xff{")
+    run_program("runs", f"paths.runs={run.parent}", "clean=last", "yes=true")
+    assert [checkpoint.steps(place) for place in (run, broken)] == [[8], [2, 4, 6, 8]]
 
 
 def test_only_finished_runs_are_cleaned_unless_others_are_named(run: Path) -> None:

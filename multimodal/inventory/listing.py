@@ -83,12 +83,14 @@ def _entry(run: Run, folder: Path) -> Entry:
 
 def status_of(run: Run, folder: Path) -> Status:
     """Live is what a process trains now; killed is what says that it runs and does not; broken what cannot be read."""
-    if run_lock.is_held(folder):
-        return "live"
-    told = run.summary.get("status")
+    return "live" if run_lock.is_held(folder) else standing(run)
+
+
+def standing(run: Run) -> Status:
+    """The same of a run that nobody trains; whoever holds its lock may ask."""
     if not run.config:
         return "broken" if run.rows or run.summary or run.notes else "evaluated"
-    return ENDINGS.get(str(told), "broken")
+    return ENDINGS.get(str(run.summary.get("status")), "broken")
 
 
 def _total(run: Run, folder: Path) -> int | None:
