@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from multimodal.search.process import Local
 from multimodal.search.pruners import Hyperband, Median, NoPruner, Pruner
 from multimodal.search.results import spread, table, write_experiment, write_table
 from multimodal.search.samplers import TPE, GaussianProcess, Grid, Random, Sampler
-from multimodal.search.space import Parameter, Space, assignments
+from multimodal.search.space import Parameter, Space, assignments, num_assignments
 from multimodal.search.study import DRIVER, FAILURES, SAME_AS, Search, Study, open_storage
 from multimodal.search.trial import Followed
 
@@ -229,6 +230,34 @@ def test_a_grid_is_every_combination_once_and_none_that_conditions_exclude() -> 
     assert all(("optimizer.betas" in one) == (one["optimizer"] == "adamw") for one in combinations)
     assert sorted(map(str, combinations)) == sorted(map(str, assignments(space)))
     assert found.choose(found.create("another machine"))[1] in combinations  # which has made one too many
+
+
+def test_a_grid_is_counted_without_making_its_combinations() -> None:
+    steps = Parameter(low=0, high=10**12 - 1)
+    whole = Parameter(low=0.0, high=1.0, step=0.1)
+    choice = Parameter(values=("a", "b", "c"))
+    second = Parameter(values=(1, 2), when={"choice": ["a", "b"]})
+    third = Parameter(low=1, high=7, when={"second": 2, "choice": "b"})
+    space = {"third": third, "second": second, "choice": choice, "whole": whole}
+    assert Grid().size(space) == len(list(assignments(space))) == (2 + 8 + 1) * 11
+    assert num_assignments({**space, "steps": steps}, 10**30) == 121 * 10**12
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {f"k{at}": Parameter(values=tuple(range(10))) for at in range(30)},
+        {"k": Parameter(low=0, high=10**12)},
+        {"k": Parameter(low=0.0, high=1.0, step=5e-324)},
+        {f"k{at}": Parameter(values=tuple(range(10)), when={f"k{at - 1}": 1} if at % 2 else {}) for at in range(30)},
+    ],
+    ids=["many", "long", "fine", "conditional"],
+)
+def test_a_grid_that_is_too_large_is_refused_at_once(raw: dict[str, Any], space: Space) -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="more than 1,000,000 combinations"):
+        Grid().size(space)
+    assert time.monotonic() - start < 1
 
 
 def test_a_range_of_whole_numbers_gives_whole_numbers_and_values_come_as_they_are() -> None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from multimodal.resolve import Part
-from multimodal.search.space import Space, assignments, label
+from multimodal.search.space import Space, assignments, label, num_assignments
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+
+MOST = 1_000_000
+"""Combinations of a grid."""
 
 
 class Sampler(Part):
@@ -79,14 +82,19 @@ class Grid(Sampler):
 
     def size(self, space: Space) -> int:
         for key, parameter in space.items():
-            if parameter.grid() is None:
+            if parameter.size is None:
                 raise ValueError(f"a grid has no end of values for {key}: give it a step, or values")
-        return len(assignments(space))
+        size = num_assignments(space, MOST)
+        if size > MOST:
+            raise ValueError(
+                f"a grid of more than {MOST:,} combinations is too large to list: sampler=random draws them"
+            )
+        return size
 
     def build(self, space: Space, seed: int, number: int) -> "BaseSampler":
         from optuna.samplers import BaseSampler
 
-        combinations = assignments(space)
+        combinations = list(assignments(space))
         Shuffle(seed).shuffle(combinations)
 
         class Listed(BaseSampler):

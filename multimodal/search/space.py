@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,16 +85,25 @@ class Parameter(Section):
         """The value that a study has stored a label of."""
         return stored if self.values is None else next(value for value in self.values if label(value) == stored)
 
-    def grid(self) -> tuple[Any, ...] | None:
-        """All there are to try; None if they are not to be counted."""
+    @property
+    def size(self) -> int | None:
+        """How many there are to try; None if they are not to be counted."""
         if self.values is not None:
-            return self.values
+            return len(self.values)
         assert self.low is not None
         assert self.high is not None
         if self.step is None and not (self.whole and not self.log):
             return None
-        step = self.step or 1
-        return tuple(self.low + at * step for at in range(math.floor((self.high - self.low) / step + 1e-9) + 1))
+        return math.floor(min((self.high - self.low) / (self.step or 1) + 1e-9, sys.maxsize)) + 1
+
+    def grid(self) -> Iterator[Any]:
+        """All there are to try, of those that can be counted."""
+        if self.values is not None:
+            return iter(self.values)
+        low, step, size = self.low, self.step or 1, self.size
+        assert low is not None
+        assert size is not None
+        return (low + at * step for at in range(size))
 
     def ends(self) -> Iterator[tuple[str, Any]]:
         """What to check before anything starts: (the field that says it, value)."""
@@ -140,16 +150,30 @@ def suggest(trial: "Trial", space: Space) -> Assignment:
     return chosen
 
 
-def assignments(space: Space) -> list[Assignment]:
+def assignments(space: Space) -> Iterator[Assignment]:
     """Every combination there is, of a space without ranges that cannot be counted."""
-    found: list[Assignment] = [{}]
-    for key in ordered(space):
-        parameter = space[key]
-        found = [
-            {**chosen, **extra}
-            for chosen in found
-            for extra in ([{key: value} for value in parameter.grid() or ()] if parameter.in_force(chosen) else [{}])
-        ]
+
+    def behind(chosen: Assignment, keys: Sequence[str]) -> Iterator[Assignment]:
+        if not keys:
+            yield chosen
+        elif space[keys[0]].in_force(chosen):
+            for value in space[keys[0]].grid():
+                yield from behind({**chosen, keys[0]: value}, keys[1:])
+        else:
+            yield from behind(chosen, keys[1:])
+
+    return behind({}, ordered(space))
+
+
+def num_assignments(space: Space, most: int) -> int:
+    """How many there are, of which only those of conditions are made; some number above `most` if there are more."""
+    deciding = {other for parameter in space.values() for other in parameter.when}
+    free = [parameter for key, parameter in space.items() if key not in deciding]
+    found = 0
+    for chosen in assignments({key: parameter for key, parameter in space.items() if key in deciding}):
+        found += math.prod(parameter.size or 0 for parameter in free if parameter.in_force(chosen))
+        if found > most:
+            break
     return found
 
 
