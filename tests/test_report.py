@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,6 +140,19 @@ def test_main_numbers_begin_with_what_checkpoints_are_judged_by_and_what_most_ru
 def test_chance_of_older_evaluations_is_in_its_column(tmp_path: Path) -> None:
     (table,) = results.tables(folders.read([trained(tmp_path / "a")]))
     assert [(line.metric, line.chance) for line in table.lines] == [("top1", "25")]
+
+
+def test_parameters_are_those_that_the_run_told_also_without_a_checkpoint(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    shutil.copytree(tiny_run, run)
+    told = folders.read_run(run, "a").parameters
+    assert told == json.loads((run / "summary.json").read_text())["num_parameters/total"]
+    shutil.rmtree(run / "checkpoints")
+    assert folders.read_run(run, "a").parameters == told
+    (run / "summary.json").unlink()
+    assert folders.read_run(run, "a").parameters is None
+    shutil.copytree(tiny_run / "checkpoints", run / "checkpoints")
+    assert folders.read_run(run, "a").parameters == told
 
 
 def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:

@@ -159,6 +159,41 @@ def test_the_program_fits_draws_and_foretells_and_what_it_foretold_stays(
     assert (tmp_path / "scaling-foretold.jsonl").read_text().startswith(before)
 
 
+def test_a_law_of_parameters_wants_no_checkpoints_and_its_plans_no_time(
+    tmp_path: Path, tiny: Callable[[int], dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    for index, place in enumerate(sized(tmp_path, tiny)):
+        summary = json.loads((place / "summary.json").read_text())
+        told = {"num_parameters/image": 1, "num_parameters/total": 16_000 * 4**index}
+        (place / "summary.json").write_text(json.dumps({**summary, **told}))
+    whole = {"whole_batch_flops": 1e6, "num_parameters": {"total": 16_000 * 4**6}}
+    (tmp_path / "null.json").write_text(json.dumps({**whole, "time": None}))
+    (tmp_path / "none.json").write_text(json.dumps(whole))
+    words = ["runs=['*']", f"paths.runs={tmp_path}", "metric=eval/shapes/top1", "resamples=20"]
+    plans = f"plans=['{tmp_path}/null.json','{tmp_path}/none.json']"
+    with caplog.at_level("INFO"):
+        run_program("scaling", *words, plans, "x=parameters")
+    law = json.loads((tmp_path / "scaling.json").read_text())
+    assert law["c"]["value"] == pytest.approx(0.4, rel=0.01)
+    assert [one["beyond"] for one in law["foretold"]] == [16, 16]
+    assert len([line for line in caplog.messages if line.startswith("at ") and "gpu_hours" not in line]) == 2
+    with pytest.raises(ConfigError) as caught:
+        run_program("scaling", *words, plans, "x=samples")
+    assert [path for path, _ in caught.value.problems] == ["plans", "plans"]
+    assert "is no plan with a size in samples seen" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "held", ["[]", "null", "{", '{"num_parameters": [1]}', '{"num_parameters": {"total": 1}, "time": [2]}']
+)
+def test_what_is_no_plan_is_told_as_such(tmp_path: Path, tiny: Callable[[int], dict[str, Any]], held: str) -> None:
+    sized(tmp_path, tiny, 1)
+    (tmp_path / "plan.json").write_text(held)
+    words = ["runs=['*']", f"paths.runs={tmp_path}", "metric=eval/shapes/top1", "x=parameters"]
+    with pytest.raises(ConfigError, match=r"plans: .*plan\.json: "):
+        run_program("scaling", *words, f"plans=['{tmp_path}/plan.json']")
+
+
 def test_mistakes_are_told_together_and_too_few_runs_by_themselves(
     tmp_path: Path, tiny: Callable[[int], dict[str, Any]]
 ) -> None:

@@ -19,6 +19,8 @@ from multimodal.tracker import METRICS, SUMMARY, Row
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """Of batch norms: they stand among the weights, and are no parameters."""
+PARAMETERS = "num_parameters/total"
+"""In the summary, where older runs do not have it."""
 STEP = re.compile(r"step-(\d+)")
 
 
@@ -130,14 +132,16 @@ def read_run(folder: Path, name: str) -> Run:
     notes: list[str] = []
     text = _text(folder / CONFIG, notes)
     rows = list(_rows(_text(folder / METRICS, notes), notes))
+    summary = _object(folder / SUMMARY, notes)
+    told = number(summary.get(PARAMETERS))
     run = Run(
         name,
         config_text=text,
         config=_config(text, notes),
         rows=rows,
-        summary=_object(folder / SUMMARY, notes),
+        summary=summary,
         values=_values(folder, rows, notes),
-        parameters=_parameters(folder),
+        parameters=_parameters(folder) if told is None else int(told),
     )
     return replace(run, pictures=list(_pictures(folder, run)), notes=tuple(notes))
 
