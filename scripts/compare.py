@@ -72,7 +72,8 @@ def main(composed: DictConfig) -> None:
         _write(out, asked, found, keys, made, signs, runs)
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}") from error
-    logger.info("%d runs in %d groups, %d tests (%s)", len(runs), len(found.groups), len(made), NAMES[asked.test])
+    tests = len(pairs.performed(made))
+    logger.info("%d runs in %d groups, %d tests (%s)", len(runs), len(found.groups), tests, NAMES[asked.test])
     logger.info("%s", "\n".join(str(path) for path in sorted(out.parent.glob(f"{out.name}[-.]*"))))
 
 

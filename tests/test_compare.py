@@ -223,6 +223,25 @@ def test_the_program_writes_what_it_found(tmp_path: Path) -> None:
     assert (float(row["std"]), row["runs"]) == (pytest.approx(np.std(values, ddof=1)), "4")
 
 
+def test_the_number_of_tests_is_that_which_p_is_corrected_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in two_groups(tmp_path):
+        results = next(place.glob("**/results.json"))
+        numbers = json.loads(results.read_text())
+        if not place.name.endswith(("seed=1", "seed=2")):  # too few seeds to test
+            del numbers["eval/flickr8k/t2i_r1"]
+        results.write_text(json.dumps(numbers))
+    with caplog.at_level("INFO"):
+        run_program("compare", f"paths.runs={tmp_path}", "runs=['x-*']", "metrics=['eval/*']")
+    with (tmp_path / "comparison-tests.csv").open() as file:
+        tests = list(csv.DictReader(file))
+    done = [row for row in tests if row["p"]]
+    assert 1 < len(done) < len(tests)
+    assert f"in 2 groups, {len(done)} tests (" in caplog.text
+    assert f"Corrected for their number, {len(done)} (Holm)" in (tmp_path / "comparison.md").read_text()
+    least = min(done, key=lambda row: float(row["p"]))
+    assert float(least["p_corrected"]) == pytest.approx(min(1, len(done) * float(least["p"])))
+
+
 def test_a_front_of_which_no_group_has_both_is_refused(tmp_path: Path) -> None:
     for place, metric in zip(two_groups(tmp_path, seeds=1), ("top1", "top5"), strict=True):
         results = next(place.glob("**/results.json"))

@@ -38,6 +38,11 @@ def chosen(compared: Compared, patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def performed(tests: Sequence[Tested]) -> list[Tested]:
+    """Those of which something can be said; it is their number that each p is corrected for."""
+    return [test for test in tests if test.found.p is not None]
+
+
 def all_pairs(compared: Compared, keys: Sequence[str], kind: Kind = "t", baseline: Group | None = None) -> list[Tested]:
     """Every two groups, or each against the baseline, that share a seed; corrected for all tests together (Holm)."""
     groups = [group for group in compared.groups if group.settings]  # others have no seed

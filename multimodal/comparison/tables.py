@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from multimodal.comparison.groups import FACTS, Compared, shared
-from multimodal.comparison.pairs import Tested, all_pairs, chosen
+from multimodal.comparison.pairs import Tested, all_pairs, chosen, performed
 from multimodal.comparison.statistics import FEWEST, NAMES, Kind, Spread, spread
 from multimodal.report.numbers import NONE, amount
 from multimodal.report.overview import Fact, differences
@@ -85,8 +85,7 @@ def _tests(compared: Compared, tests: Sequence[Tested], kind: Kind) -> Iterator[
             _p(test.found.p),
             _p(test.corrected),
         ]
-        for test in tests
-        if test.found.p is not None
+        for test in performed(tests)
     ]
     if not rows:
         return
