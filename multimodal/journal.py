@@ -63,8 +63,9 @@ class Journal:
         self.write(step, values)
         logger.info("step %d: %s", step, ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
         if self.log is not None:
-            with self._pictures_may_fail(step):
+            with _may_fail(f"intervals and settings of step {step}, whose values are in {METRICS},"):
                 write_numbers(reports, folder_of(self.folder, step))
+            with _may_fail(f"a figure of step {step}"):
                 for name, path in write_figures(reports, self.folder / FIGURES):
                     self.log.figure(step, name, path)
         return values
@@ -78,7 +79,7 @@ class Journal:
         summary = self.log.summarise(facts, settings.best, settings.mode)
         if rows := self.log.rows:
             path = self.folder / FIGURES / f"{TRAINING_CURVES}.png"
-            with self._pictures_may_fail(step):
+            with _may_fail(f"a figure of step {step}"):
                 path.parent.mkdir(exist_ok=True)
                 figures.curves(rows).savefig(path, dpi=120)
                 self.log.figure(step, TRAINING_CURVES, path)
@@ -121,10 +122,11 @@ class Journal:
         counts = {f"num_parameters/{name}": count for name, count in self.num_parameters.items()}
         return {"id": state.run_id, "status": status, "total_steps": state.total_steps, **counts}
 
-    @contextmanager
-    def _pictures_may_fail(self, step: int) -> Iterator[None]:
-        """A full disk costs them only."""
-        try:
-            yield
-        except OSError as error:
-            logger.warning("a figure of step %d cannot be written: %s", step, error)
+
+@contextmanager
+def _may_fail(what: str) -> Iterator[None]:
+    """A full disk costs it only."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", what, error)

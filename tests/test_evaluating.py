@@ -165,6 +165,22 @@ def test_a_picture_that_cannot_be_written_costs_nothing_else(
     assert len([row for row in rows(config) if "eval/it/top1" in row]) == len(SCORES)
 
 
+def test_results_that_cannot_be_written_are_told_as_such_and_cost_no_figure(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = evaluated(tiny_config("duration=2steps"))
+    place = config.folder / "evaluations" / "step-00000002"
+    place.parent.mkdir(parents=True)
+    place.write_text("in the way")
+    drawn: list[str] = []
+    monkeypatch.setattr(journal, "write_figures", lambda reports, folder: drawn.extend(reports) or [])
+    assert Trainer(config).run()["status"] == "finished"
+    (told,) = [line for line in caplog.messages if "cannot be written" in line]
+    assert told.startswith("intervals and settings of step 2, whose values are in metrics.jsonl, cannot be written")
+    assert str(place) in told
+    assert "eval/it" in drawn
+
+
 @pytest.mark.parametrize("held", ["", "[1, 2]", "{", '{"eval/other/top1": {"value": 0.5}}'])
 def test_damaged_results_are_written_anew_and_whole_ones_are_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, held: str
