@@ -1,9 +1,12 @@
 """The laws of grids: checked before a run starts, one failure ends no other run, what is done is passed over."""
 
+import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, TinyConfig, composed
@@ -14,9 +17,11 @@ from hydra.core.utils import JobReturn
 
 from multimodal.cli import CONF, literal, register_plugins
 from multimodal.config import ConfigError, RunError, TrainConfig, check
+from multimodal.grids import cluster
+from multimodal.grids.cluster import Task
 from multimodal.grids.grid import launch_grid
 from multimodal.grids.here import Here
-from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, reason
+from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, outcome, reason
 from multimodal.run_folder import is_finished
 from multimodal.run_names import MAX_NAME, run_name
 from multimodal.trainer import Trainer
@@ -130,6 +135,23 @@ def test_a_run_is_finished_only_if_a_start_would_find_nothing_to_do(tiny_config:
     assert not is_finished(config)
 
 
+def test_a_dry_run_judges_the_configuration_only_and_not_what_an_older_start_has_left(tmp_path: Path) -> None:
+    for name in ("stopped", "done"):
+        (tmp_path / name).mkdir()
+        told = {"status": "stopped" if name == "stopped" else "finished", "best/eval/shapes/top1": 0.5}
+        (tmp_path / name / "summary.json").write_text(json.dumps(told))
+
+    def looked(jobs: Sequence[Job], logs: Path) -> list[Outcome]:
+        return [outcome(one, int(one.name == "wrong"), "ValueError: it is") for one in jobs]
+
+    words = [word for word in STATIC if not word.startswith(("evals=", "checkpoint.best"))]
+    static = [*words, "dry_run=true", "evals=[shapes]", "checkpoint.best=eval/shapes/top1"]
+    returned = grid(tmp_path, static, [[f"run.name={name}"] for name in ("stopped", "done", "new")], looked)
+    assert [one.return_value for one in returned] == [None, None, None]
+    with pytest.raises(RunError, match="1 of 2 runs are not finished:\n  wrong: ValueError: it is"):
+        grid(tmp_path, static, [["run.name=stopped"], ["run.name=wrong"]], looked)[1].return_value  # noqa: B018
+
+
 # --- running --------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +208,69 @@ def test_a_stop_signal_is_passed_on_and_no_other_run_starts(tmp_path: Path) -> N
     assert [one.status for one in ended] == [INTERRUPTED, INTERRUPTED]
     assert (tmp_path / "first.log").read_text() == "up\n"
     assert not (tmp_path / "second.log").exists()
+
+
+def test_a_run_of_several_processes_that_was_stopped_is_no_failure_whatever_its_launcher_ends_with(
+    tmp_path: Path,
+) -> None:
+    summary = tmp_path / "first" / "summary.json"
+    summary.parent.mkdir()
+    ends = f"pathlib.Path({str(summary)!r}).write_text(json.dumps(dict(status='stopped'))), os._exit(1)"
+    heeds = f"import json, os, pathlib, signal, time; signal.signal(signal.SIGTERM, lambda *_: ({ends}))"
+    first = job(tmp_path, "first", f"{heeds}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
+    failing = job(tmp_path, "failing", "import sys; sys.exit(1)")
+    assert [one.status for one in Here(n_jobs=1, processes=1)([first], tmp_path)] == [INTERRUPTED]
+    assert [one.status for one in Here(n_jobs=1, processes=1)([failing], tmp_path)] == ["failed"]
+
+
+@pytest.mark.parametrize(("restarts", "fresh"), [(None, True), ("0", True), ("1", False)])
+def test_a_job_that_slurm_has_put_back_in_the_queue_does_not_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str | None, fresh: bool
+) -> None:
+    import submitit
+
+    told = tmp_path / "told"
+    code = f"import sys; open({str(told)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    one = Job("a", tmp_path / "a", ("-c", code, "run.fresh=true"), None, False)
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(num_tasks=1))
+    monkeypatch.setattr(cluster, "PATIENCE", 0.01)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    task = Task(one, 1)
+    assert task() == 0
+    assert told.read_text() == ("run.fresh=true" if fresh else "run.fresh=true run.fresh=false")
+    assert task.checkpoint().function.job.words[-1] == "run.fresh=false"
+
+
+class Terminal(io.StringIO):
+    """What is written to it is kept."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_in_a_terminal_says_what_is_done_what_has_failed_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [job(tmp_path, name, code) for name, code in {"a": "print('up')", "b": "1 / 0", "c": "0"}.items()]
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    Here(n_jobs=1, processes=1)(jobs, tmp_path)
+    states = terminal.getvalue().split("\r")
+    assert any(re.search(r"grid: +67%.* 2/3 \[\d+:\d+<\d+:\d+, .*failed=1\]", state) for state in states), states
+    assert any(re.search(r"3/3 .*failed=1", state) for state in states)
+    assert "up\n" in capsys.readouterr().out
+
+
+def test_without_a_terminal_there_is_no_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+    with caplog.at_level("INFO"):
+        Here(n_jobs=1, processes=1)([job(tmp_path, "a", "0")], tmp_path)
+    assert written.getvalue() == ""
+    assert "1 of 1: a finished" in caplog.messages
 
 
 def test_a_grid_that_was_stopped_and_in_which_nothing_failed_ends_well(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from multimodal.config import Config, ConfigError
 from multimodal.grids.jobs import Job, Outcome, environment, outcome
+from multimodal.grids.tally import Tally
 
 if TYPE_CHECKING:
     import submitit
@@ -62,26 +63,25 @@ class Cluster(Config):
         executor = self._executor(logs)
         waiting = [Task(job, self._cores()) for job in jobs]
         running: list[Submitted] = []
-        ended: list[Outcome] = []
         if self.cluster == "slurm":  # one array, of which the queue runs so many at a time
             with executor.batch():
                 running = [Submitted(executor.submit(task), task.job) for task in waiting]
             waiting = []
-        try:
-            while waiting or running:
-                while waiting and len(running) < self.jobs_at_once:
-                    task = waiting.pop(0)
-                    running.append(Submitted(executor.submit(task), task.job))
-                for one in [one for one in running if one.cluster_job.done()]:
-                    running.remove(one)
-                    ended.append(one.outcome())
-                    told = f": {ended[-1].reason}" if ended[-1].reason else ""
-                    logger.info("%d of %d: %s %s%s", len(ended), len(jobs), one.job.name, ended[-1].status, told)
-                time.sleep(PATIENCE)
-        except KeyboardInterrupt:
-            logger.info("no longer waits for jobs %s, which go on", ", ".join(o.cluster_job.job_id for o in running))
-            raise
-        return ended
+        with Tally(len(jobs)) as tally:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.jobs_at_once:
+                        task = waiting.pop(0)
+                        running.append(Submitted(executor.submit(task), task.job))
+                    for one in [one for one in running if one.cluster_job.done()]:
+                        running.remove(one)
+                        tally.add(one.outcome())
+                    time.sleep(PATIENCE)
+            except KeyboardInterrupt:
+                ids = ", ".join(one.cluster_job.job_id for one in running)
+                logger.info("no longer waits for jobs %s, which go on", ids)
+                raise
+        return tally.ended
 
     def _cores(self) -> int:
         """Of each process."""

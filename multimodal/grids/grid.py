@@ -95,7 +95,7 @@ def _job(config: TrainConfig, overrides: Sequence[str]) -> Job:
     name = config.run.name
     words = [word for word in overrides if not word.startswith("run.name=")]
     command = (sys.argv[0], *_options(sys.argv[1:]), *words, f"run.name={literal(name)}")
-    return Job(name, config.folder, command, config.checkpoint.best, is_finished(config))
+    return Job(name, config.folder, command, config.checkpoint.best, is_finished(config), config.dry_run)
 
 
 def _options(words: Sequence[str]) -> Iterator[str]:

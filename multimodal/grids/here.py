@@ -12,10 +12,12 @@ from typing import Any
 import joblib
 import torch
 from pydantic import Field
+from tqdm import tqdm
 
 from multimodal.config import Config
 from multimodal.endings import StopSignal
 from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, environment, outcome
+from multimodal.grids.tally import Tally
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +48,10 @@ class _Machine:
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         parallel = joblib.Parallel(self.at_once, backend="threading", return_as="generator_unordered")
-        ended = []
-        with self.stop_signal.heeded():
+        with self.stop_signal.heeded(), Tally(len(jobs)) as tally:
             for one in parallel(joblib.delayed(self._run)(job) for job in jobs):
-                ended.append(one)
-                told = f": {one.reason}" if one.reason else ""
-                logger.info("%d of %d: %s %s%s", len(ended), len(jobs), one.job.name, one.status, told)
-        return ended
+                tally.add(one)
+        return tally.ended
 
     def _run(self, job: Job) -> Outcome:
         if self.stop_signal.came is not None:
@@ -85,7 +84,7 @@ class _Machine:
                 lines.append(line)
                 file.write(line)
                 if self.at_once == 1:
-                    sys.stdout.write(line)
+                    tqdm.write(line, sys.stdout, end="")  # above the bar
                     sys.stdout.flush()
         self.running.discard(process)
         return process.returncode, "".join(lines)

@@ -30,6 +30,8 @@ class Job:
     """What the run is judged by."""
     done: bool
     """Whether nothing of it is left to do."""
+    dry: bool = False
+    """Whether it only looks: what its folder says is of another start."""
 
     def command(self, processes: int = 1) -> list[str]:
         """What is started; several processes by torchrun."""
@@ -42,6 +44,8 @@ class Job:
 
     def summary(self) -> dict[str, Any]:
         """What the run says of itself; empty if it has not come to that."""
+        if self.dry:
+            return {}
         try:
             found: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text())
         except (OSError, ValueError):
@@ -87,9 +91,14 @@ def environment(cores: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores)), **os.environ}
 
 
+def is_well(one: Outcome) -> bool:
+    """Whether it has come to its end, or was only interrupted."""
+    return one.status in (*FINISHED, INTERRUPTED)
+
+
 def failures(outcomes: Sequence[Outcome]) -> RunError | None:
     """What did not end well, a line for each run; None if all did."""
-    open_ones = [one for one in outcomes if one.status not in (*FINISHED, INTERRUPTED)]
+    open_ones = [one for one in outcomes if not is_well(one)]
     if not open_ones:
         return None
     lines = [f"  {one.job.name}: {one.reason or one.status}" for one in open_ones]
