@@ -52,6 +52,11 @@ class Journal:
         if state.step:
             logger.info("continues after step %d of %d", state.step, state.total_steps)
 
+    @property
+    def length(self) -> int:
+        """Bytes of all rows so far."""
+        return 0 if self.log is None else self.log.length
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A row of the log."""
         if self.log is not None:

@@ -44,7 +44,7 @@ class Saver:
         log: RunLog | None,  # the first rank's
         best: bool,  # of those so far
     ) -> None:
-        """Begin to write a checkpoint, with all rows that the log has; of all ranks, once the one before is written."""
+        """Begin to write a checkpoint; of all ranks, once the one before is written."""
         self.wait()
         files = checkpoint.whole_tensors(ema, optimizer, copy=self.settings.background)
         if log is not None:
@@ -92,8 +92,7 @@ class Saver:
 
     def _start(self, state: TrainerState, files: Files, log: RunLog, best: bool) -> None:
         assert self.pending is None
-        stored = state.model_copy(update={"log_bytes": log.length})
-        self.pending = self.thread.submit(self._write, stored, files, log, best)
+        self.pending = self.thread.submit(self._write, state, files, log, best)
         if self.lock is not None:
             self.lock.write = self.pending
 

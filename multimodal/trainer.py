@@ -333,17 +333,24 @@ class Trainer:
     def _evaluate_and_save(self, save_is_due: bool) -> None:
         """The end of a step; a run continues here if it was saved before it came to its evaluations."""
         due = self._due_evaluations()
-        improved = self._evaluate(due) if due else False
-        if rest := self._due_evaluations().keys() - due.keys():  # it has just become the last step
-            improved |= self._evaluate({name: self.evaluations[name] for name in rest})
+        improved = False
+        if due:
+            self._require_sound()
+            before = self._stored_state()
+            improved = self._evaluate(due, before)
+            if rest := self._due_evaluations().keys() - due.keys():  # it has just become the last step
+                improved |= self._evaluate({name: self.evaluations[name] for name in rest}, before)
         self.state.evaluated = True
         if improved or save_is_due or self.state.is_last:
             self._save(improved)
 
-    def _evaluate(self, due: dict[str, Evaluation]) -> bool:
+    def _evaluate(
+        self,
+        due: dict[str, Evaluation],
+        before: TrainerState,  # as the step's first evaluation found it, where a run continues if one of them fails
+    ) -> bool:
         """Whether the metric that checkpoints are judged by is the best so far."""
         best, mode = self.config.checkpoint.best, self.config.checkpoint.mode
-        self._require_sound()
         with self.clock.paused():
             reports: dict[str, Report] = {}
             try:
@@ -352,7 +359,7 @@ class Trainer:
                         reports |= evaluate(due, self.encoder, weights)
             except Exception:
                 if self.journal.log is not None and not is_sharded(self.model):  # to gather takes all ranks
-                    self.saver.save_alone(self._stored_state(), self.ema, self.optimizer, self.journal.log)
+                    self.saver.save_alone(before, self.ema, self.optimizer, self.journal.log)
                 raise
             values = self.journal.evaluated(self.state.step, reports)
         self._wait_no_longer(values)
@@ -378,4 +385,5 @@ class Trainer:
     def _stored_state(self) -> TrainerState:
         """With what is kept elsewhere while training."""
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return self.state.model_copy(update={"skipped_updates": int(self.skipped), "grad_scaler": scaler})
+        kept = {"skipped_updates": int(self.skipped), "grad_scaler": scaler, "log_bytes": self.journal.length}
+        return self.state.model_copy(update=kept)

@@ -11,6 +11,7 @@ import pytest
 from conftest import Interrupt, TinyConfig
 from tiny_runs import assert_same_run, crash, kill, named, rows, with_checkpoint
 
+from multimodal.checkpoint import find, load_state
 from multimodal.config import ConfigError, TrainConfig
 from multimodal.parts import Encoder as EncoderContract
 from multimodal.parts import Eval, Report, Sources
@@ -79,6 +80,42 @@ def test_an_interrupted_run_stops_at_the_same_step(
         assert happens is crash
     assert Trainer(parted).run()["status"] == "stopped early"
     assert_same_run(parted, whole)
+
+
+EARLY = "the run stops early"
+
+
+@pytest.mark.parametrize("part", ["curve", "late"])
+def test_a_run_of_which_an_evaluation_fails_at_its_early_end_counts_none_twice(
+    tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    config = with_checkpoint(tiny_config(), best="eval/curve/m")
+    whole, parted = stopping(named(config, "whole")), stopping(named(config, "parted"))
+    with caplog.at_level("INFO"):
+        Trainer(whole).run()
+    assert len([told for told in caplog.messages if EARLY in told]) == 1  # `late` comes after it was told
+    build = Curve.build
+
+    def failing(self: Curve, data: Sources) -> Callable[[EncoderContract], Report]:
+        run = build(self, data)
+        return lambda encoder: crash() if self == parted.evals[part] and stands_at(4) else run(encoder)
+
+    def stands_at(step: int) -> bool:
+        return rows(parted)[-1]["step"] == step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Curve, "build", failing)
+        with pytest.raises(ZeroDivisionError):
+            Trainer(parted).run()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert Trainer(parted).run()["status"] == "stopped early"
+    assert len([told for told in caplog.messages if EARLY in told]) == 1
+    assert_same_run(parted, whole)
+    stored = [load_state(find(one.folder)) for one in (whole, parted)]
+    assert stored[0].patience.waited == 2
+    different = {"run_id", "log_bytes"}
+    assert stored[1].model_dump(exclude=different) == stored[0].model_dump(exclude=different)
 
 
 def test_a_larger_patience_goes_on_and_a_longer_duration_does_not(tiny_config: TinyConfig) -> None:

@@ -124,3 +124,28 @@ def test_a_stop_signal_to_a_grid_stops_its_runs_at_a_checkpoint(tmp_path: Path) 
     assert "stopped by a signal; the same command goes on" in output
     stopped = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert stopped["status"] == "stopped"
+
+
+def test_a_stop_signal_reaches_all_processes_of_a_run_and_none_is_a_failure(tmp_path: Path) -> None:
+    process = start(tmp_path, "hydra.launcher.processes=2", "run.name=a,b", "duration=4000steps")
+    wait_for_row(tmp_path, "a", process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 0, output
+    assert output.count("stopped by a signal; the same command goes on") == 1
+    assert output.count("stopped by a signal after step") == 1
+    assert "are not finished" not in output
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "b").exists()
+    steps = [row["step"] for row in rows_of(tmp_path, "a")]
+    assert len(list((tmp_path / "a" / "checkpoints").glob(f"step-{steps[-1]:08d}"))) == 1
+
+
+def test_a_dry_run_of_a_grid_looks_at_configurations_and_not_at_runs_that_were_stopped(tmp_path: Path) -> None:
+    words = ["run.name=a,b", "duration=2steps", "dry_run=true"]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text('{"status": "stopped"}')
+    code, output = finish(start(tmp_path, *words))
+    assert code == 0, output
+    assert "not finished" not in output
