@@ -1,12 +1,14 @@
 """The laws of a search: what is proposed, what is refused before the start, and what is made of a run's log."""
 
 import copy
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,19 +207,34 @@ def go_on(study: Study, trials: int) -> None:
 
 
 @pytest.mark.parametrize("sampler", [TPE(startup=2), GaussianProcess(startup=2), Random()])
-def test_a_search_that_was_interrupted_proposes_what_it_would_have(sampler: Sampler) -> None:
+@pytest.mark.parametrize("keys", range(5))
+def test_a_search_that_was_interrupted_proposes_what_it_would_have(
+    monkeypatch: pytest.MonkeyPatch, sampler: Sampler, keys: int
+) -> None:
     whole, trials, storage = study(search(sampler=sampler)), 6, InMemoryStorage()
     go_on(whole, trials)
-    for at in range(trials):
+    for _ in range(trials):
         parted = study(search(sampler=sampler), storage)
-        left = parted.create("gone")  # whose process was killed before it had chosen, or after
-        if at % 2:
+        left = parted.create("gone")  # whose process was killed when it had chosen so many keys
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Parameter, "suggest", _killed_after(keys))
             parted.choose(left)
         again = study(search(sampler=sampler), storage)
         trial, _ = again.choose(again.trials[-1])
         again.optuna.tell(trial, quality(trial.params))
     assert [trial.params for trial in again.trials] == [trial.params for trial in whole.trials]
     assert len({json.dumps(trial.params) for trial in whole.trials}) == trials
+
+
+def _killed_after(keys: int) -> Callable[..., Any]:
+    suggest, done = Parameter.suggest, itertools.count()
+
+    def suggest_or_die(self: Parameter, trial: Any, key: str) -> Any:
+        if next(done) == keys:
+            raise KeyboardInterrupt
+        return suggest(self, trial, key)
+
+    return suggest_or_die
 
 
 def test_a_grid_is_every_combination_once_and_none_that_conditions_exclude() -> None:

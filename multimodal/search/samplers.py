@@ -1,7 +1,8 @@
-"""How the next trial is chosen. What is drawn at random depends on the seed and the trial's number only."""
+"""How the next trial is chosen. What is drawn at random depends on the seed, the trial's number and the key only."""
 
+import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random as Shuffle
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,42 @@ class Sampler(Part):
         return None
 
 
-def _seed(seed: int, number: int) -> int:
-    """Of one trial, so that a study that was interrupted goes on as it would have."""
-    import numpy as np
+RELATIVE = ":relative_params:"
+"""In the names of attributes by which Optuna shares what it has drawn for several keys together, as pieces of JSON."""
 
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+def _by_key(
+    make: Callable[[int], "BaseSampler"],  # of a seed
+    seed: int,  # of the study
+    number: int,  # of the trial
+) -> "BaseSampler":
+    """A sampler that draws each key by itself, and keys together once.
+
+    A trial that was left in the middle of its proposal then gets the other values that it would have had.
+    """
+    import numpy as np
+    from optuna.samplers import BaseSampler
+
+    def seeded(key: str) -> BaseSampler:
+        return make(int(np.random.SeedSequence([seed, number, *key.encode()]).generate_state(1)[0]))
+
+    class ByKey(BaseSampler):
+        together = seeded("")
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return self.together.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
+            pieces = {int(key.split(":")[-1]): text for key, text in trial.system_attrs.items() if RELATIVE in key}
+            if pieces:  # Optuna would take the trial itself for another one that runs
+                drawn = json.loads("".join(pieces[at] for at in sorted(pieces)))
+                return {key: drawn[key] for key in search_space if key in drawn}
+            return self.together.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return seeded(param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    return ByKey()
 
 
 class TPE(Sampler):
@@ -53,7 +85,10 @@ class TPE(Sampler):
     def build(self, space: Space, seed: int, number: int) -> "BaseSampler":
         from optuna.samplers import TPESampler
 
-        return TPESampler(n_startup_trials=self.startup, seed=_seed(seed, number), constant_liar=True)
+        def make(drawn: int) -> "BaseSampler":
+            return TPESampler(n_startup_trials=self.startup, seed=drawn, constant_liar=True)
+
+        return _by_key(make, seed, number)
 
 
 class GaussianProcess(Sampler):
@@ -65,7 +100,7 @@ class GaussianProcess(Sampler):
     def build(self, space: Space, seed: int, number: int) -> "BaseSampler":
         from optuna.samplers import GPSampler
 
-        return GPSampler(n_startup_trials=self.startup, seed=_seed(seed, number))
+        return _by_key(lambda drawn: GPSampler(n_startup_trials=self.startup, seed=drawn), seed, number)
 
 
 class Random(Sampler):
@@ -74,7 +109,7 @@ class Random(Sampler):
     def build(self, space: Space, seed: int, number: int) -> "BaseSampler":
         from optuna.samplers import RandomSampler
 
-        return RandomSampler(seed=_seed(seed, number))
+        return _by_key(RandomSampler, seed, number)
 
 
 class Grid(Sampler):
