@@ -30,19 +30,39 @@ def is_held(folder: Path) -> bool:
     Not for the process that holds it itself, which would lose it when the file is closed here.
     Where the file system keeps no locks, a lock's file that is there counts as held.
     """
-    try:
-        descriptor = os.open(folder / NAME, os.O_RDONLY)
-    except OSError:
+    if not os.access(folder / NAME, os.R_OK):
         return False
-    kind = FLOCK.index("h")
+    try:
+        return _asked(folder) is not None
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def holder(folder: Path) -> int | None:
+    """The process of this machine that trains the run; None if there is none, or it cannot be told for sure.
+
+    That a lock's file names a process is not enough: it stays when the process is killed, and numbers come again.
+    """
+    try:
+        pid = _asked(folder)
+        told = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return pid if told == {"pid": pid, "host": socket.gethostname()} else None
+
+
+def _asked(folder: Path) -> int | None:
+    """The process that holds the lock, by the kernel; None if nobody does."""
+    descriptor = os.open(folder / NAME, os.O_RDONLY)
+    kind, pid = FLOCK.index("h"), FLOCK.index("i")
     asked = struct.pack(FLOCK, *(fcntl.F_RDLCK if place == kind else 0 for place in range(len(FLOCK))))
     try:
         answer = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
-    except OSError:
-        return True
     finally:
         os.close(descriptor)
-    return bool(answer[kind] != fcntl.F_UNLCK)
+    return None if answer[kind] == fcntl.F_UNLCK else int(answer[pid])
 
 
 class RunLock:

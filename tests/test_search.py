@@ -4,11 +4,14 @@ import copy
 import itertools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from hydra import initialize_config_dir
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from multimodal import run_lock
 from multimodal.cli import CONF, compose, register_plugins
 from multimodal.config import ConfigError, RunError, TrainConfig, check
+from multimodal.search import process
 from multimodal.search.checks import checked
 from multimodal.search.config import Objective, SweepConfig
 from multimodal.search.driver import Driver
@@ -27,7 +32,7 @@ from multimodal.search.locks import Locks
 from multimodal.search.metrics import logged, values_of
 from multimodal.search.overrides import override, parsed
 from multimodal.search.plots import write_plots
-from multimodal.search.process import Local
+from multimodal.search.process import LeftOver, Local
 from multimodal.search.pruners import Hyperband, Median, NoPruner, Pruner
 from multimodal.search.results import spread, table, write_experiment, write_table
 from multimodal.search.samplers import TPE, GaussianProcess, Grid, Random, Sampler
@@ -457,6 +462,71 @@ def test_a_process_is_alive_until_it_is_killed(tmp_path: Path) -> None:
     assert not locks.is_alive(driver)
     assert locks.is_here(driver)
     assert not locks.is_here("elsewhere-1-aa")
+    locks.close(done=True)
+
+
+TRAINING = """
+import fcntl, json, os, signal, socket, sys, time
+told = lambda *_: print("told", flush=True)
+signal.signal(signal.SIGTERM, told)
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+print("trains", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+"""Holds the lock of a run, and does not end when it is asked to."""
+
+
+def test_a_left_over_run_is_asked_to_end_and_has_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", TRAINING, str(tmp_path / run_lock.NAME)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "trains\n"
+            left = LeftOver(lambda: run.poll() is not None, tmp_path)
+            left.stop()
+            assert run.stdout.readline() == "told\n"
+            left.stop()
+            time.sleep(0.1)
+            assert left.poll() is None
+            monkeypatch.setattr(process, "GRACE", 0.0)
+            left.stop()
+            assert run.wait(10) == -signal.SIGKILL
+        finally:
+            run.kill()
+
+
+def test_a_process_that_only_has_the_number_of_a_killed_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "GRACE", 0.0)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        try:
+            (tmp_path / run_lock.NAME).write_text(json.dumps({"pid": other.pid, "host": socket.gethostname()}))
+            left = LeftOver(lambda: False, tmp_path)
+            for _ in range(3):
+                left.stop()
+                time.sleep(0.05)
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_replicates_have_locks_and_outputs_of_their_own(tmp_path: Path) -> None:
+    locks = Locks(tmp_path)
+    found, seeds = study(search()), study(replace(search(), name="search-0000-seeds"))
+    held = [locks.trial(one.search.run_name(0)) for one in (found, seeds)]
+    assert None not in held
+    assert locks.trial("search-0000") is None
+    outputs = {
+        Followed(one, one.choose(one.create("me"))[0], [], tmp_path / one.search.run_name(0), locks, 0, 0).log
+        for one in (found, seeds)
+    }
+    assert len(outputs) == 2
+    for lock in held:
+        os.close(lock or 0)
     locks.close(done=True)
 
 

@@ -94,7 +94,7 @@ def _assert_shared(search: Searching, workers: int) -> None:
     assert len({trial.user_attrs[DRIVER] for trial in trials}) == workers
     for trial in trials:
         assert [row["train/loss"] for row in search.rows(trial.number) if "train/loss" in row][-1] == trial.values[0]
-        assert (search.study_folder / "trials" / f"{trial.number:04d}.log").read_text().count("$ ") == 1
+        assert (search.study_folder / "trials" / f"search-{trial.number:04d}.log").read_text().count("$ ") == 1
 
 
 def test_trials_that_are_not_finite_fail_or_are_killed_are_recorded_as_such(tmp_path: Path) -> None:

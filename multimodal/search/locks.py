@@ -73,6 +73,10 @@ class Locks:
             os.close(descriptor)
         return descriptor is None
 
-    def trial(self, number: int) -> int | None:
+    def output(self, run: str) -> Path:
+        """The file for what a trial's process prints, by the name of its run."""
+        return self.folder / "trials" / f"{run}.log"
+
+    def trial(self, run: str) -> int | None:
         """The lock for a trial's process to inherit; None while one runs, though its driver may be gone."""
-        return take(self.folder / "trials" / f"{number:04d}.lock")
+        return take(self.output(run).with_suffix(".lock"))

@@ -1,13 +1,12 @@
 """A trial's process: started here, or left over from a driver that was killed."""
 
-import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -85,40 +84,54 @@ def _devices() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-class Child:
+class Stoppable(ABC):
+    """A process that is asked to save and end, and made to when it has had `GRACE`."""
+
+    told: float | None = None
+    """When it was asked."""
+
+    def stop(self) -> None:
+        if self.told is None:
+            self.told = time.monotonic() if self.send(signal.SIGTERM) else None
+        elif time.monotonic() - self.told > GRACE:
+            self.send(signal.SIGKILL)
+
+    @abstractmethod
+    def send(self, number: signal.Signals) -> bool:
+        """Whether it could be given the signal."""
+
+
+class Child(Stoppable):
     """A process of this driver."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process
-        self.told: float | None = None
 
     def poll(self) -> int | None:
         return self.process.poll()
 
-    def stop(self) -> None:
-        if self.told is None:
-            self.told = time.monotonic()
-            self.process.terminate()
-        elif time.monotonic() - self.told > GRACE:
+    def send(self, number: signal.Signals) -> bool:
+        if number == signal.SIGKILL:  # its data workers too
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return True
 
 
-class LeftOver:
-    """A process whose driver was killed: known by the lock that it holds, and by what its run says of it."""
+class LeftOver(Stoppable):
+    """A process whose driver was killed: known by the lock that it holds, and by who holds that of its run."""
 
     def __init__(self, is_over: Callable[[], bool], folder: Path) -> None:
         self.is_over, self.folder = is_over, folder
-        self.told = False
 
     def poll(self) -> int | None:
         return 0 if self.is_over() else None
 
-    def stop(self) -> None:
-        if self.told:
-            return
-        with suppress(OSError, ValueError):
-            holder = json.loads((self.folder / run_lock.NAME).read_text())
-            if holder["host"] == socket.gethostname():
-                os.kill(holder["pid"], signal.SIGTERM)
-                self.told = True
+    def send(self, number: signal.Signals) -> bool:
+        holder = run_lock.holder(self.folder)
+        if holder is None:  # it has just started, or has let go of its run already
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(holder, number)
+        return True

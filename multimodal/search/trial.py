@@ -40,7 +40,7 @@ class Followed:
     ) -> None:
         self.study, self.trial, self.overrides, self.folder = study, trial, overrides, folder
         self.locks, self.slot, self.retries = locks, slot, retries
-        self.log = locks.folder / "trials" / f"{trial.number:04d}.log"
+        self.log = locks.output(folder.name)
         self.process: Process | None = None
         self.seen = -1  # bytes of the run's log when it was read
         self.pruned = REFUSED in trial.user_attrs or (bool(self._reported()) and self._is_refused())
@@ -72,20 +72,20 @@ class Followed:
         return False
 
     def _left_over(self) -> LeftOver | None:
-        lock = self.locks.trial(self.trial.number)
+        lock = self.locks.trial(self.folder.name)
         if lock is None:
             return LeftOver(self._is_free, self.folder)
         os.close(lock)
         return None
 
     def _is_free(self) -> bool:
-        lock = self.locks.trial(self.trial.number)
+        lock = self.locks.trial(self.folder.name)
         if lock is not None:
             os.close(lock)
         return lock is not None
 
     def _start(self, start: Start) -> Process:
-        lock = self.locks.trial(self.trial.number)
+        lock = self.locks.trial(self.folder.name)
         assert lock is not None
         (self.folder / NOT_FINITE).unlink(missing_ok=True)  # of an attempt before
         try:
