@@ -2,16 +2,13 @@
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from multimodal.config import ConfigError, RunError, differences, identity
 from multimodal.files import to_json
@@ -26,8 +23,6 @@ DRIVER, FAILURES, REFUSED, SAME_AS = "driver", "failures", "refused", "same_as"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 DEFINITION = "definition"
 """Attribute of a study: what was searched, as it must stay."""
-PATIENCE = 60
-"""Seconds to wait for another process's write to a SQLite file."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +50,6 @@ class Search:
     def words(self, chosen: Assignment) -> list[str]:
         """What `train.py` is told of a trial with these parameters."""
         return merged([*self.overrides, *(override(key, value) for key, value in chosen.items())])
-
-
-def open_storage(config: SweepConfig) -> BaseStorage:
-    """The database, made ready; ConfigError if it cannot be used."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    url = config.storage or f"sqlite:///{(config.folder / 'study.db').absolute()}"
-    try:
-        parsed = make_url(url)
-        settings: dict[str, Any] = {"connect_args": {"timeout": PATIENCE}} if parsed.drivername == "sqlite" else {}
-        config.folder.mkdir(parents=True, exist_ok=True)
-        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **settings})
-    except (SQLAlchemyError, ImportError, OSError) as error:
-        told = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise ConfigError([("storage", f"the database cannot be opened: {told}")]) from None
 
 
 class Study:

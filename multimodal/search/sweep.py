@@ -20,7 +20,8 @@ from multimodal.search.pruners import NoPruner
 from multimodal.search.results import command, spread, table, write_experiment, write_table
 from multimodal.search.samplers import Grid
 from multimodal.search.space import Parameter
-from multimodal.search.study import Search, Study, open_storage
+from multimodal.search.storage import open_storage
+from multimodal.search.study import Search, Study
 
 logger = logging.getLogger(__name__)
 
