@@ -1,9 +1,13 @@
 """The laws of a search: what is proposed, what is refused before the start, and what is made of a run's log."""
 
 import copy
+import csv
+import io
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -12,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +34,13 @@ from multimodal.search.checks import checked
 from multimodal.search.config import Objective, SweepConfig
 from multimodal.search.driver import Driver
 from multimodal.search.locks import Locks
-from multimodal.search.metrics import logged, values_of
-from multimodal.search.overrides import override, parsed
+from multimodal.search.metrics import logged, samples_of, values_of
+from multimodal.search.overrides import override, parsed, typed
 from multimodal.search.plots import write_plots
 from multimodal.search.process import LeftOver, Local
+from multimodal.search.progress import Progress
 from multimodal.search.pruners import Hyperband, Median, NoPruner, Pruner
-from multimodal.search.results import spread, table, write_experiment, write_table
+from multimodal.search.results import Saved, command, spread, table, write_experiment, write_results, write_table
 from multimodal.search.samplers import TPE, GaussianProcess, Grid, Random, Sampler
 from multimodal.search.space import Parameter, Space, assignments, num_assignments
 from multimodal.search.storage import open_storage
@@ -374,17 +379,21 @@ class Written:
     """A run that has ended, with a log that is given to it bit by bit."""
 
     end = "finished"
+    more = 0  # steps that it would have gone on for
 
     def __init__(self, folder: Path, values: Sequence[float | None], each: int) -> None:
         self.folder, self.values, self.each, self.shown, self.stopped = folder, values, each, 0, False
 
     def poll(self) -> int | None:
         self.shown = min(self.shown + self.each, len(self.values))
-        rows = [{"step": at + 1, "eval/shapes/top1": value} for at, value in enumerate(self.values[: self.shown])]
+        rows = [
+            {"step": at, "samples": 10 * at, "eval/shapes/top1": value}
+            for at, value in enumerate(self.values[: self.shown], start=1)
+        ]
         self.folder.mkdir(exist_ok=True)
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         over = self.stopped or self.shown == len(self.values)
-        facts = {"total_steps": len(self.values), "status": self.end if over else "running"}
+        facts = {"total_steps": len(self.values) + self.more, "status": self.end if over else "running"}
         (self.folder / "summary.json").write_text(json.dumps(facts))
         return 0 if over else None
 
@@ -466,7 +475,7 @@ def test_the_best_trial_as_an_experiment_is_the_same_run(tmp_path: Path) -> None
     found = study(what)
     go_on(found, 4)
     groups = compose("train", ["run.name=x", *what.overrides])[1]
-    write_experiment(found, groups, tmp_path)
+    write_experiment(found, groups, "the command", tmp_path / "experiment" / "search_best.yaml")
     trial = compose("train", [*what.words(found.chosen(found.best)), "run.name=x"])[0]
     register_plugins()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -491,7 +500,109 @@ def test_table_and_plots_are_of_all_trials(tmp_path: Path) -> None:
 
 
 def test_where_no_replicate_ended_that_is_told() -> None:
-    assert list(spread(study(search()))) == ["none came to its end"]
+    assert spread(study(search())) == "none came to its end"
+
+
+def test_the_samples_that_were_not_trained_are_counted_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = study(search(pruner=Median(startup=1, warmup=20)))
+    ended = [follow(found, tmp_path, curve) for curve in CURVES]
+    monkeypatch.setattr(Written, "end", "stopped early")
+    monkeypatch.setattr(Written, "more", 10)
+    follow(found, tmp_path, [2.0] * 10)  # better than all
+    again, _ = found.choose(found.create("me"))
+    found.copy(again, ended[0])  # costs nothing, but was not pruned
+
+    logs = [(tmp_path / f"run-{trial.number}" / "metrics.jsonl").read_text() for trial in ended]
+    took = [10 * len(log.splitlines()) for log in logs]  # the step that it was told to end in, too
+    whole = 6 * 100 + 200
+    saved = Saved.of(found)
+    assert any(samples < 100 for samples in took)
+    assert (saved.trials, saved.samples, saved.whole_samples) == (7, sum(took) + 100, whole)
+    assert saved.pruning == pytest.approx((600 - sum(took)) / whole)
+    assert saved.early_stopping == pytest.approx(100 / whole)
+    assert str(saved) == (
+        f"pruning saved {saved.pruning:.0%} of the samples of 7 trials, early stopping {saved.early_stopping:.0%}"
+    )
+    write_results(found, None, "the command", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["saved"] == asdict(saved)
+    assert results["trials"]["ended early"] == sum(samples < 100 for samples in took)
+    assert results["best"]["command"] == "the command"
+    write_table(found, tmp_path / "trials.csv")
+    with (tmp_path / "trials.csv").open() as file:
+        assert [row["samples"] for row in csv.DictReader(file)] == [*map(str, took), "100", ""]
+    shown = {line.split()[-1] for line in table(found).splitlines()[1:]}
+    assert shown == {"50%", "-", *(f"{samples}%" for samples in took)}
+
+
+def test_what_a_killed_run_took_is_in_its_log(tmp_path: Path) -> None:
+    assert samples_of(tmp_path) is None
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "running", "total_steps": 8}))
+    assert samples_of(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "samples": 64}) + "\n")
+    assert samples_of(tmp_path) == (64, 256)
+
+
+def test_the_command_of_the_best_says_where_its_trial_was() -> None:
+    best = Path("my runs/search/experiment/search_best.yaml")
+    default = {"runs": "runs", "datasets": "data"}
+    assert command(Path("runs/search/experiment/x.yaml"), default, default, []) == (
+        "uv run train.py --config-dir=runs/search experiment=x"
+    )
+    paths = {"runs": "my runs", "datasets": "/data,2/null"}
+    words = shlex.split(command(best, paths, default, ["--config-dir=/conf,2"]))
+    assert words[:4] == ["uv", "run", "train.py", "--config-dir=my runs/search"]
+    found = {key: value for key, _, value in map(parsed, words[4:])}
+    assert found == {
+        "experiment": "search_best",
+        "paths.runs": "my runs",
+        "paths.datasets": "/data,2/null",
+        "hydra.searchpath": ["file:///conf,2"],
+    }
+    assert "paths.runs=/a/b-c" in command(best, {**default, "runs": "/a/b-c"}, default, [])
+    assert parsed(typed("paths.runs", "null"))[2] == "null"
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A place for a bar."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_a_bar_with_the_time_left_and_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, terminal = study(search(trials=4)), Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(found.search, found.trials) as progress:
+        go_on(found, 2)
+        found.create("me")
+        progress.look(found.trials)
+        shown = terminal.getvalue().split("\r")[-1]
+    assert "2/4" in shown
+    assert "running=1" in shown
+    assert f"best={found.best.values[0]:.4g}" in shown
+    assert re.search(r"<\d\d:\d\d", shown), shown
+
+
+def test_a_log_has_few_lines_on_how_far_a_search_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = study(search(trials=80))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level("INFO", "multimodal.search.progress")
+    with Progress(found.search, found.trials) as progress:
+        for _ in range(80):
+            go_on(found, 1)
+            progress.look(found.trials)
+            progress.look(found.trials)
+    told = [record.getMessage() for record in caplog.records if record.name == "multimodal.search.progress"]
+    assert len(told) == 19
+    assert re.fullmatch(r"4 of 80 trials have ended, 0 run, time left \d\d:\d\d", told[0]), told[0]
 
 
 def test_where_no_trial_ended_there_is_no_best() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,8 +67,12 @@ def test_the_best_is_an_experiment_that_launches_as_it_is_and_all_is_written_dow
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"history", "parallel", "slices"}
     assert "with 1 other seeds: train/loss" in whole.log.read_text()
     best = min((t for t in whole.trials if t.state == TrialState.COMPLETE), key=lambda trial: trial.values[0])
-    command = [sys.executable, "train.py", f"--config-dir={folder}", "experiment=search_best"]
-    command.append(f"paths.runs={whole.runs}")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["best"]["trial"] == best.number
+    assert results["best"]["command"] in whole.log.read_text()
+    assert f"pruning saved {results['saved']['pruning']:.0%} of the samples of 3 trials" in whole.log.read_text()
+    assert 0 < results["saved"]["pruning"] < 1
+    command = [sys.executable, *shlex.split(results["best"]["command"])[2:]]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as its trial had
     done = subprocess.run(command, cwd=CONF.parent, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from multimodal.endings import StopSignal
 from multimodal.search.locks import Locks
 from multimodal.search.overrides import override
 from multimodal.search.process import Start
+from multimodal.search.progress import Progress
 from multimodal.search.results import short
 from multimodal.search.study import DRIVER, ENDED, Study
 from multimodal.search.trial import Followed
@@ -41,16 +41,15 @@ class Driver:
 
     def run(self, signal: StopSignal) -> bool:
         """Whether all trials of this folder have ended."""
-        search = self.study.search
         with self.locks.alone():
-            ended = sum(trial.state.is_finished() for trial in self.study.trials)
-        with tqdm(total=search.trials, initial=ended, desc=search.name, unit="trial", disable=None) as bar:
+            trials = self.study.trials
+        with Progress(self.study.search, trials) as progress:
             while signal.came is None:
                 with self.locks.alone():
                     self._look()
                     self._fill()
                     trials = self.study.trials
-                bar.update(sum(trial.state.is_finished() for trial in trials) - bar.n)
+                progress.look(trials)
                 if not self.followed and not any(self._is_awaited(trial) for trial in trials):
                     return True
                 time.sleep(PAUSE)

@@ -55,6 +55,15 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def samples_of(folder: Path) -> tuple[int, int] | None:
+    """How many samples a run has taken, and how many the whole run has; None if it has taken no step."""
+    summary = summary_of(folder)  # of a run that was killed it is older than the log
+    last = max([summary, *rows_of(folder)[-1:]], key=lambda row: row.get("samples", 0))
+    if not last.get("samples") or "total_steps" not in summary:
+        return None
+    return last["samples"], last["samples"] * summary["total_steps"] // last["step"]
+
+
 def values_of(folder: Path, objectives: Mapping[str, Objective]) -> dict[str, float | None]:
     """What a run that has ended reached, by metric; None where that is no number."""
     rows, summary = rows_of(folder), summary_of(folder)

@@ -1,6 +1,7 @@
 """Overrides as the command line has them: of a trial, and as an experiment file."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,13 @@ def override(key: str, value: Any) -> str:
         inner = ",".join(f"{name}:{override('', item)[1:]}" for name, item in value.items())
         return f"{key}={{{inner}}}"
     return f"{key}={json.dumps(value)}"
+
+
+def typed(key: str, value: str) -> str:
+    """The same for text, without quotes where people would type none."""
+    plain = f"{key}={value}"
+    is_plain = re.fullmatch(r"[./]*[A-Za-z_][\w./-]*", value) and parsed(plain)[2] == value
+    return plain if is_plain else override(key, value)
 
 
 def is_group(key: str, groups: Iterable[str]) -> bool:

@@ -1,16 +1,20 @@
 """What a search has found: a table, and the best configuration as an experiment."""
 
 import csv
+import shlex
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from multimodal.files import write_json
 from multimodal.results_table import aligned
-from multimodal.search.overrides import experiment
-from multimodal.search.study import ENDED, FAILURES, SAME_AS, Study
+from multimodal.search.overrides import experiment, override, typed
+from multimodal.search.study import ENDED, FAILURES, SAME_AS, SAMPLES, Study
 
 SHOWN = 10
 """So many trials are shown; the file has all."""
@@ -32,6 +36,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
             **dict.fromkeys(search.objectives),
             **dict(zip(search.objectives, trial.values or (), strict=False)),
             **{key: trial.params.get(key) for key in search.space},
+            **dict(zip(("samples", "whole_samples"), trial.user_attrs.get(SAMPLES, (None, None)), strict=True)),
             "seconds": None if trial.duration is None else round(trial.duration.total_seconds()),
             "run": search.run_of(trial),
             "note": _note(trial),
@@ -69,7 +74,8 @@ def table(study: Study) -> str:
     numbers = [trial.number for trial in chosen[:SHOWN]]
     found = rows(study)
     columns = ["trial", "state", *study.search.objectives, *study.search.space]
-    cells = [columns, *([_cell(found[number][column]) for column in columns] for number in numbers)]
+    cells = [[*columns, "of a run"]]
+    cells += [[*(_cell(found[number][column]) for column in columns), _share(found[number])] for number in numbers]
     return aligned(cells)
 
 
@@ -77,30 +83,103 @@ def _cell(value: Any) -> str:
     return "-" if value is None else short(value)
 
 
-def spread(study: Study) -> Iterator[str]:
-    """Of trials that differ in their seed: mean and standard deviation of each objective."""
+def _share(row: dict[str, Any]) -> str:
+    return "-" if row["samples"] is None else f"{row['samples'] / row['whole_samples']:.0%}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was not trained, of the samples that all trials would have taken had each run to its end."""
+
+    trials: int
+    """That ended, without those that repeat another one."""
+    samples: int
+    """That they took."""
+    whole_samples: int
+    pruning: float
+    """Share of the whole that was saved by ending trials early."""
+    early_stopping: float
+    """By what runs do of themselves."""
+
+    @classmethod
+    def of(cls, study: Study) -> "Saved":
+        """Trials that failed do not count."""
+        counted = [t for t in study.trials if t.state in ENDED and SAMPLES in t.user_attrs]
+        left: Counter[TrialState] = Counter()
+        for trial in counted:
+            samples, whole = trial.user_attrs[SAMPLES]
+            left[trial.state] += whole - samples
+        took, total = (sum(trial.user_attrs[SAMPLES][at] for trial in counted) for at in (0, 1))
+        pruned, stopped = (left[state] / max(1, total) for state in (TrialState.PRUNED, TrialState.COMPLETE))
+        return cls(len(counted), took, total, pruned, stopped)
+
+    def __str__(self) -> str:
+        early = f", early stopping {self.early_stopping:.0%}" if self.early_stopping else ""
+        return f"pruning saved {self.pruning:.0%} of the samples of {self.trials} trials{early}"
+
+
+def deviations(study: Study) -> dict[str, dict[str, float]]:
+    """By objective, of trials that differ in their seed: mean and standard deviation; nothing where none has ended."""
     done = [trial.values for trial in study.trials if trial.state == TrialState.COMPLETE]
     if not done:
-        yield "none came to its end"
-        return
-    for metric, values in zip(study.search.objectives, zip(*done, strict=True), strict=True):
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        yield f"{metric} {short(statistics.fmean(values))} ± {short(deviation)}"
+        return {}
+    return {
+        metric: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+        for metric, values in zip(study.search.objectives, zip(*done, strict=True), strict=True)
+    }
 
 
-def write_experiment(study: Study, groups: list[str], folder: Path) -> Path:
-    """The best trial as a file that is launched with `--config-dir` and `experiment=`; its path."""
+def spread(study: Study) -> str:
+    """The same as text."""
+    told = [f"{metric} {short(one['mean'])} ± {short(one['std'])}" for metric, one in deviations(study).items()]
+    return ", ".join(told) or "none came to its end"
+
+
+def write_results(
+    study: Study,
+    seeds: Study | None,  # the best trial with other seeds
+    launch: str,  # the command of the best
+    path: Path,
+) -> None:
+    """What was found as JSON; each trial is in the table."""
     best, search = study.best, study.search
-    name = f"{search.name}_best"
+    states = Counter(STATES.get(trial.state, "running") for trial in study.trials)
+    found = {
+        "search": search.name,
+        "trials": {**dict.fromkeys(STATES.values(), 0), **states},
+        "best": {
+            "trial": best.number,
+            "run": search.run_of(best),
+            "values": dict(zip(search.objectives, best.values, strict=True)),
+            "parameters": study.chosen(best),
+            "command": launch,
+        },
+        "replicates": None if seeds is None else deviations(seeds),
+        "saved": asdict(Saved.of(study)),
+    }
+    write_json(path, found)
+
+
+def write_experiment(study: Study, groups: list[str], launch: str, path: Path) -> None:
+    """The best trial as a file that is launched with `--config-dir` and `experiment=`."""
+    best, search = study.best, study.search
     reached = ", ".join(f"{m} {short(v)}" for m, v in zip(search.objectives, best.values, strict=True))
-    title = f"# {command(folder, name)}\n# Trial {best.number} of the search {search.name}: {reached}"
-    path = folder / "experiment" / f"{name}.yaml"
+    title = f"# {launch}\n# Trial {best.number} of the search {search.name}: {reached}"
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(experiment(search.words(study.chosen(best)), groups, title))
-    return partial.replace(path)
+    partial.replace(path)
 
 
-def command(folder: Path, name: str) -> str:
-    """What launches an experiment of a study's folder."""
-    return f"uv run train.py --config-dir={folder} experiment={name}"
+def command(
+    path: Path,  # of an experiment in a study's folder
+    paths: Mapping[str, str],  # of the search
+    default: Mapping[str, str],  # that the experiment would have by itself
+    options: Sequence[str],  # of the search's command line: --config-dir=FOLDER
+) -> str:
+    """What launches it where its trial was, as it is typed in a shell."""
+    words = [f"--config-dir={path.parent.parent}", f"experiment={path.stem}"]
+    words += [typed(f"paths.{name}", where) for name, where in paths.items() if where != default[name]]
+    if options:  # Hydra takes one --config-dir
+        words.append(override("hydra.searchpath", [f"file://{option.partition('=')[2]}" for option in options]))
+    return shlex.join(["uv", "run", "train.py", *words])

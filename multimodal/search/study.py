@@ -20,6 +20,8 @@ from multimodal.search.space import Assignment, Space, ordered, suggest
 
 DRIVER, FAILURES, REFUSED, SAME_AS = "driver", "failures", "refused", "same_as"
 """Attributes of a trial: which process has it, why attempts failed, where it is to end early, which one it repeats."""
+SAMPLES = "samples"
+"""Attribute of a trial: how many its run took, and how many a whole run would have."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 DEFINITION = "definition"
 """Attribute of a study: what was searched, as it must stay."""

@@ -17,7 +17,7 @@ from multimodal.search.overrides import override
 from multimodal.search.plots import write_plots
 from multimodal.search.process import Local
 from multimodal.search.pruners import NoPruner
-from multimodal.search.results import command, spread, table, write_experiment, write_table
+from multimodal.search.results import Saved, command, spread, table, write_experiment, write_results, write_table
 from multimodal.search.samplers import Grid
 from multimodal.search.space import Parameter
 from multimodal.search.storage import open_storage
@@ -25,7 +25,7 @@ from multimodal.search.study import Search, Study
 
 logger = logging.getLogger(__name__)
 
-TABLE = "trials.csv"
+TABLE, RESULTS = "trials.csv", "results.json"
 
 
 def sweep(
@@ -61,7 +61,7 @@ def sweep(
             logger.info("stopped by a signal; the same command continues")
             return
         with locks.alone():
-            _write(config, study, seeds)
+            _write(config, study, seeds, options)
     except StorageInternalError as error:
         told = str(error.__cause__ or error).splitlines()[0]
         raise RunError(f"the study's database failed ({told}); trials that run go on, the same command too") from error
@@ -115,16 +115,22 @@ def _require_unused(config: SweepConfig, study: Study) -> None:
             raise ConfigError([("name", told)])
 
 
-def _write(config: SweepConfig, study: Study, seeds: Study | None) -> None:
+def _write(config: SweepConfig, study: Study, seeds: Study | None, options: Sequence[str]) -> None:
     """All that is to be seen of a search that has ended."""
     folder, best = config.folder, study.best
     plots = list(write_plots(study, folder / "plots"))
     if elsewhere := sum(not trial.state.is_finished() for trial in study.trials):
         logger.info("%d trials are not finished, in a folder of another machine", elsewhere)
-    groups = compose("train", ["run.name=trial", *study.search.words({})])[1]
-    path = write_experiment(study, groups, folder)
+    composed, groups = compose("train", ["run.name=trial", *study.search.words({})])
+    path = folder / "experiment" / f"{study.search.name}_best.yaml"
+    launch = command(path, config.paths.model_dump(), composed["paths"], options)
+    write_experiment(study, groups, launch, path)
+    write_results(study, seeds, launch, folder / RESULTS)
     logger.info("%s", table(study))
+    saved = Saved.of(study)
+    if study.can_prune or saved.early_stopping:
+        logger.info("%s", saved)
     if seeds is not None:
-        logger.info("trial %d with %d other seeds: %s", best.number, config.replicates, ", ".join(spread(seeds)))
+        logger.info("trial %d with %d other seeds: %s", best.number, config.replicates, spread(seeds))
     logger.info("all trials: %s; plots: %s", folder / TABLE, plots[0].parent if plots else "none")
-    logger.info("the best, trial %d, is an experiment: %s", best.number, command(folder, path.stem))
+    logger.info("the best, trial %d, is an experiment: %s", best.number, launch)

@@ -13,9 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 from multimodal.not_finite import FILE as NOT_FINITE
 from multimodal.run_folder import FINISHED
 from multimodal.search.locks import Locks
-from multimodal.search.metrics import rows_of, summary_of, values_of
+from multimodal.search.metrics import rows_of, samples_of, summary_of, values_of
 from multimodal.search.process import LeftOver, Process, Start
-from multimodal.search.study import FAILURES, REFUSED, Study, is_number
+from multimodal.search.study import FAILURES, REFUSED, SAMPLES, Study, is_number
 from multimodal.tracker import METRICS
 
 logger = logging.getLogger(__name__)
@@ -154,4 +154,6 @@ class Followed:
         return None if again else self._end(TrialState.FAIL)
 
     def _end(self, state: TrialState, values: list[float] | None = None) -> FrozenTrial:
+        if samples := samples_of(self.folder):
+            self.trial.set_user_attr(SAMPLES, samples)
         return self.study.optuna.tell(self.trial, values, state=state)
