@@ -1,0 +1,38 @@
+"""Draw docs/images/batch_and_loss.png from the table beside this file: `uv run python docs/results/draw.py`."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow.compute as pc
+from pyarrow import csv
+
+HERE = Path(__file__).parent
+PANELS = (("shapes", "top1", "top-1, %"), ("flickr8k", "t2i_r10", "text to image R@10, %"))
+
+
+def main() -> None:
+    """Every run is a point; the line goes through the mean of what three seeds gave, or of the best learning rate."""
+    table = csv.read_csv(HERE / "batch_and_loss.csv")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for axis, (data, metric, title) in zip(axes, PANELS, strict=True):
+        of = table.filter(pc.and_(pc.equal(table["data"], data), pc.equal(table["metric"], metric)))
+        for loss, color in (("infonce", "#0072b2"), ("sigmoid", "#d55e00")):
+            one = of.filter(pc.equal(of["loss"], loss))
+            batch, value, lr, seed = (one[name].to_numpy() for name in ("global_batch_size", "value", "lr", "seed"))
+            axis.plot(batch, 100 * value, ".", color=color, alpha=0.4)
+            sizes = np.unique(batch)
+            chosen = [lr[(batch == size) & (seed == 2)][0] for size in sizes]  # only the best got more seeds
+            means = [
+                100 * value[(batch == size) & (lr == rate)].mean() for size, rate in zip(sizes, chosen, strict=True)
+            ]
+            axis.plot(sizes, means, color=color, label=loss)
+        axis.set(xscale="log", xlabel="batch", ylabel=title, title=data, ylim=(0, None))
+        axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    figure.savefig(HERE.parent / "images" / "batch_and_loss.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
