@@ -19,6 +19,7 @@ from multimodal.report.asked import SeveralRuns, Words
 from multimodal.report.folders import Picture
 from multimodal.report.pictures import encoded
 from multimodal.resolve import did_you_mean
+from multimodal.results_table import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def main(composed: DictConfig) -> None:
         _write(out, asked, found, keys, made, signs, runs)
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}") from error
+    for grid in tables.results(found, keys):
+        logger.info("%s", aligned([grid.heads, *([fact.text for fact in row] for row in grid.rows)]))
     tests = len(pairs.performed(made))
     logger.info("%d runs in %d groups, %d tests (%s)", len(runs), len(found.groups), tests, NAMES[asked.test])
     logger.info("%s", "\n".join(str(path) for path in sorted(out.parent.glob(f"{out.name}[-.]*"))))

@@ -57,8 +57,30 @@ def test_runs_that_differ_in_seed_and_operational_settings_only_are_one_group(tm
     ]
     groups = compared(runs).groups
     assert [(group.name, group.seeds) for group in groups] == [("a", [1, 2]), ("b", [1]), ("longer", [1])]
-    settings = {grid.title: grid for grid in tables.section(compared(runs)).grids}["Settings that differ"]
-    assert {row[0].text for row in settings.rows} == {"optimizer.lr", "duration"}
+    (grid,) = tables.results(compared(runs), [])
+    assert set(grid.heads[1:3]) == {"optimizer.lr", "duration"}
+    few, metrics = tables.results(compared([runs[2], run("other", "optimizer.lr=0.02", "duration=10steps")]), [])
+    assert {row[0].text for row in few.rows} == {"optimizer.lr", "duration"}
+    assert metrics.heads == ["metric", "b", "other"]
+
+
+def test_many_groups_that_differ_in_little_have_a_line_each_in_the_order_of_their_settings(
+    tmp_path: Path, compose: Any
+) -> None:
+    import yaml
+
+    runs = []
+    for lr, seed in [(0.01, 1), (0.002, 1), (0.002, 2), (0.1, 1)]:
+        place = evaluated(trained(tmp_path / f"lr={lr}-seed={seed}"))
+        (place / "config.yaml").write_text(yaml.safe_dump(compose(f"optimizer.lr={lr}", f"seed={seed}")))
+        runs.append(folders.read_run(place, place.name))
+    told = compared(runs)
+    (grid,) = tables.results(told, ["eval/shapes/top1"])
+    assert grid.heads[:3] == ["group", "optimizer.lr", "eval/shapes/top1 %"]
+    assert [row[1].text for row in grid.rows] == ["0.002", "0.01", "0.1"]
+    assert [row[0].text for row in grid.rows] == ["lr=0.002", "lr=0.01-seed=1", "lr=0.1-seed=1"]
+    one, other = (tables.spreads(told, "eval/shapes/top1")[index] for index in (0, 1))
+    assert [row[2].text for row in grid.rows[1::-1]] == [tables.told(one, True), tables.told(other, True)]
 
 
 def test_what_was_measured_on_other_data_is_not_compared(tmp_path: Path) -> None:

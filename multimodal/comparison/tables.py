@@ -11,6 +11,7 @@ from multimodal.report.page import Grid, Section
 from multimodal.report.pictures import Shown
 
 TITLE = "Groups"
+NOTE = "Mean ± standard deviation over seeds (their number); no deviation where there is one run."
 
 
 def spreads(compared: Compared, key: str) -> list[Spread | None]:
@@ -30,13 +31,9 @@ def section(
     """What there is to see of groups."""
     keys = list(keys) or chosen(compared, ())
     tests = all_pairs(compared, keys, kind) if tests is None else tests
-    grids = [_runs(compared), *_settings(compared), _metrics(compared, keys), *_tests(compared, tests, kind)]
+    grids = [*results(compared, keys), *_tests(compared, tests, kind), _runs(compared)]
     text = "Runs that differ in nothing but their seed, and in where and how fast they ran, are one group."
     return Section(TITLE, text, grids, picture, caption)
-
-
-def _heads(compared: Compared) -> list[str]:
-    return [group.name for group in compared.groups]
 
 
 def _runs(compared: Compared) -> Grid:
@@ -48,30 +45,47 @@ def _runs(compared: Compared) -> Grid:
     return Grid("Runs", ["group", "runs", "seeds"], rows, f"Not compared: {left_out}." if left_out else "")
 
 
-def _settings(compared: Compared) -> Iterator[Grid]:
+def results(compared: Compared, keys: Sequence[str]) -> list[Grid]:
+    """The settings that differ, and the metrics.
+
+    Many groups that differ in little, such as those of a grid, have a line each, in the order of these settings. A few
+    groups that differ in much have a column each.
+    """
     found = differences([group.settings for group in compared.groups])
-    if found:
-        rows = [[Fact(one.path, one.path), *one.values] for one in found]
-        yield Grid("Settings that differ", ["setting", *_heads(compared)], rows)
-
-
-def _metrics(compared: Compared, keys: Sequence[str]) -> Grid:
-    rows = []
     facts = [key for key in compared.keys if key in FACTS and key not in keys]
-    for key in [*keys, *facts]:
-        share = shared(key, compared.groups)
-        cells = [Fact(told(one, share), None if one is None else one.mean) for one in spreads(compared, key)]
-        rows.append([Fact(f"{key} %" if share else key, key), *cells])
-    note = "Mean ± standard deviation over seeds (their number); no deviation where there is one run."
-    return Grid("Metrics", ["metric", *_heads(compared)], rows, note)
+    metrics = [_metric(compared, key) for key in [*keys, *facts]]
+    settings = [[Fact(one.path, one.path), *one.values] for one in found]
+    if len(found) < len(compared.groups):
+        names = [Fact("group"), *(Fact(group.name, group.name) for group in compared.groups)]
+        first, *rows = [list(row) for row in zip(names, *settings, *metrics, strict=True)]
+        rows.sort(key=lambda row: [_order(fact) for fact in row[1 : 1 + len(settings)]])
+        return [Grid("Settings and metrics", [fact.text for fact in first], rows, NOTE)]
+    heads = [group.name for group in compared.groups]
+    return [
+        Grid("Settings that differ", ["setting", *heads], settings),
+        Grid("Metrics", ["metric", *heads], metrics, NOTE),
+    ]
+
+
+def _order(setting: Fact) -> tuple[bool, float, str]:
+    """Numbers by size, then all else by what it says."""
+    size = setting.sort if isinstance(setting.sort, int | float) else None
+    return (size is None, size or 0.0, setting.text)
+
+
+def _metric(compared: Compared, key: str) -> list[Fact]:
+    """Its name, and its value in each group."""
+    share = shared(key, compared.groups)
+    cells = [Fact(told(one, share), None if one is None else one.mean) for one in spreads(compared, key)]
+    return [Fact(f"{key} %" if share else key, key), *cells]
 
 
 def told(one: Spread | None, share: bool) -> str:
-    """Such as "90.9 ± 0.4 (3)"."""
+    """Such as "90.9 ± 0.4 (3)"; without the deviation where all are the same."""
     if one is None:
         return NONE
-    deviation = "" if one.std is None else f" ± {amount(one.std, share)} ({one.count})"
-    return f"{amount(one.mean, share)}{deviation}"
+    deviation = f" ± {amount(one.std, share)}" if one.std else ""
+    return f"{amount(one.mean, share)}{deviation}{'' if one.std is None else f' ({one.count})'}"
 
 
 def _tests(compared: Compared, tests: Sequence[Tested], kind: Kind) -> Iterator[Grid]:
@@ -133,7 +147,7 @@ def csvs(compared: Compared, tests: Sequence[Tested], kind: Kind) -> dict[str, R
             if one is not None:
                 metrics.append([group.name, key, one.mean, one.std, one.count])
     found = differences([group.settings for group in compared.groups])
-    settings: Rows = [["setting", *_heads(compared)]]
+    settings: Rows = [["setting", *(group.name for group in compared.groups)]]
     settings += [[one.path, *(value.whole or value.text for value in one.values)] for one in found]
     rows: Rows = [["metric", "group", "against", "difference", "pairs", "test", "p", "p_corrected"]]
     for test in tests:
