@@ -15,7 +15,6 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from stopwatch import Device
 from torch import Tensor, nn
 
-from multimodal import lengths
 from multimodal.batch import Batch
 from multimodal.compiling import compile_towers
 from multimodal.config import ModelSection
@@ -35,7 +34,6 @@ from multimodal.towers.vit import ViT, ViTEncoder
 VOCABULARY, HEAD_WIDTH = 49408, 64
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LR, DECAY, BETAS, EPS = 5e-4, 0.2, (0.9, 0.98), 1e-6
-OVERHEAD = lengths.OVERHEAD
 PEER, PADDED, COPIED_LESS = "open_clip", "ours, all tokens", "+ attention without copies"
 POOLED, OURS = "+ one token in the last block", "+ captions by length"
 
@@ -77,8 +75,6 @@ class Variant(NamedTuple):
     who: str
     precision: str
     compiled: bool = False
-    overhead: int = OVERHEAD
-    """What a chunk of captions counts for, in tokens."""
 
     @property
     def peer(self) -> "Variant":
@@ -86,8 +82,7 @@ class Variant(NamedTuple):
         return Variant(PEER, self.precision, self.compiled)
 
     def __str__(self) -> str:
-        told = f"{self.who}, {self.precision}{', compiled' if self.compiled else ''}"
-        return told if self.overhead == OVERHEAD else f"{told}, overhead {self.overhead}"
+        return f"{self.who}, {self.precision}{', compiled' if self.compiled else ''}"
 
 
 class Given(NamedTuple):
@@ -136,7 +131,7 @@ def flickr8k(setting: Setting, count: int) -> list[Batch]:
 
 
 def made_up(setting: Setting, count: int) -> list[Batch]:
-    """Noise, and captions of random words; as long as Flickr8k's: 8 to 22 tokens for nine of ten, 14 in the mean."""
+    """Noise, and captions of random words; as long as Flickr8k's: 8 to 22 tokens for nine of ten, 13 in the mean."""
     generator = torch.Generator().manual_seed(0)
     rows, context, side = setting.rows, setting.context, setting.size.vision["image_size"]
     batches = []
@@ -270,7 +265,6 @@ def our_step(setting: Setting, variant: Variant) -> Step:
     losses, context = {"infonce": InfoNCE()}, autocast(setting, variant.precision)
 
     def step(given: Given) -> Tensor:
-        lengths.OVERHEAD = variant.overhead
         found = model.lengths({"text": given.captions}) if variant.who == OURS else {}
         batch = Batch(given.batch.inputs, given.batch.indices, lengths=found)
         return training_step(model, losses, optimizer, batch, context, None, None, (0, 0))["loss"]

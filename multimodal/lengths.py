@@ -1,4 +1,4 @@
-"""Inputs of different lengths, run in chunks of like length, so that little of what is computed is padding."""
+"""Inputs of different lengths, cut so that less of what is computed is padding: on a CPU in chunks of like length."""
 
 import math
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def by_length(
     """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device.
 
     A CPU computes them in chunks. All of these are embedded at once: the gradient of a table is as large as the table,
-    however few rows it is for. Other devices compute all rows together, cut to a few lengths that come again and
-    again: they prepare kernels for each new shape.
+    however few rows it is for. Other devices compute all rows together, cut to one of a few lengths: many small kernels,
+    of shapes that never come again, cost more there than padding.
     """
     if inputs.device.type != "cpu":
         return encode(inputs[:, : MULTIPLE * math.ceil(int(lengths.max()) / MULTIPLE)])

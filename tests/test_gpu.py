@@ -171,7 +171,8 @@ def test_evaluations_and_features_are_those_of_a_cpu(tiny_run: Path) -> None:
     )
     found, made = {}, {}
     for device in ("cpu", "cuda"):
-        config = check(composed(*TINY[:-2], *evals, f"device={device}", "precision=fp32"), TrainConfig)
+        others = [word for word in TINY if not word.startswith(("device=", "precision="))]
+        config = check(composed(*others, *evals, f"device={device}", "precision=fp32"), TrainConfig)
         problems = Problems()
         evaluations = open_evaluations(config.evals, Sources(config.paths.datasets), problems)
         problems.report()

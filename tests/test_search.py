@@ -100,7 +100,7 @@ def test_every_mistake_is_told_at_once_with_its_path(raw: dict[str, Any]) -> Non
         ({"space": {}}, "space", "at least 1"),
         ({"space": [{"seed": 1}]}, "space", "dictionary"),
         ({"overrides": "seed=1"}, "overrides", "tuple"),
-        ({"storage": "postgres//nowhere"}, None, "cannot be opened"),
+        ({"storage": "postgres//nowhere"}, None, "is no address of a database"),
     ],
 )
 def test_what_does_not_go_together_is_told(raw: dict[str, Any], change: dict[str, Any], path: str, told: str) -> None:

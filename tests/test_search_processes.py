@@ -67,7 +67,7 @@ while True:
 
 def test_a_left_over_run_is_asked_to_end_and_has_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", TRAINING, str(tmp_path / run_lock.NAME)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
         try:
             assert run.stdout is not None
             assert run.stdout.readline() == "trains\n"

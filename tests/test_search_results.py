@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ def test_the_samples_that_were_not_trained_are_counted_and_told(
     assert str(saved) == (
         f"pruning saved {saved.pruning:.0%} of the samples of 7 trials, early stopping {saved.early_stopping:.0%}"
     )
+    assert str(replace(saved, pruning=0.0)).startswith("early stopping saved")
+    assert str(replace(saved, pruning=0.0, early_stopping=0.0)).startswith("pruning saved 0%")
     write_results(found, None, "the command", tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["saved"] == asdict(saved)

@@ -36,6 +36,9 @@ def refused(raw: dict[str, Any], storage: str) -> str:
     [
         ("sqlite:////proc/nowhere/study.db", "unable to open"),
         ("sqlite:///:memory:", "in memory only"),
+        ("sqlite:///file::memory:?uri=true", "in memory only"),
+        ("sqlite:///file:shared?mode=memory&uri=true", "in memory only"),
+        ("sqlite:////proc/nowhere/study.db?timeout=x", "could not convert"),
         ("postgresql+psycopg://me:secret@127.0.0.1:1/study", "Connection refused"),
         ("postgresql+psycopg://me:secret@nowhere.invalid/study", "nowhere.invalid"),
         ("postgresql+nothing://me:secret@nowhere.invalid/study", "nothing"),
@@ -47,6 +50,16 @@ def test_a_database_that_cannot_be_used_is_named_without_its_password(
     found = refused(raw, place)
     assert place.replace("secret", "***") in found
     assert told in found.replace(place.replace("secret", "***"), "")
+    assert "secret" not in refused(raw, f"{place}{'&' if '?' in place else '?'}password=secret")
+
+
+@pytest.mark.parametrize(
+    "place", ["postgresql+psycopg://me:secret@host:54x/study", "postgresql://me:p@secret:word@host/a"]
+)
+def test_what_is_no_address_is_told_without_any_of_it(raw: dict[str, Any], place: str) -> None:
+    found = refused(raw, place)
+    assert "is no address of a database" in found
+    assert "secret" not in found
 
 
 def test_a_driver_that_is_lacking_is_told_with_what_installs_it(
@@ -58,7 +71,7 @@ def test_a_driver_that_is_lacking_is_told_with_what_installs_it(
     assert "uv sync --extra postgres" in found
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_a_server_that_never_answers_is_not_waited_for_without_end(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from multimodal.report.page import Grid, Section
 from multimodal.report.pictures import Shown
 
 TITLE = "Groups"
-NOTE = "Mean ± standard deviation over seeds (their number); no deviation where there is one run."
+NOTE = "Mean ± standard deviation over seeds (their number); no deviation where it is 0, or of one run."
 
 
 def spreads(compared: Compared, key: str) -> list[Spread | None]:

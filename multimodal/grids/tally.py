@@ -16,7 +16,9 @@ class Tally:
     def __init__(self, jobs: int) -> None:
         self.jobs, self.failed = jobs, 0
         self.ended: list[Outcome] = []
-        self.bar = tqdm(total=jobs, desc="grid", unit="run", mininterval=0, disable=None)  # None: in a terminal only
+        self.bar = tqdm(
+            total=jobs, desc="grid", unit="run", mininterval=0, smoothing=0, disable=None
+        )  # None: in a terminal only
 
     def __enter__(self) -> "Tally":
         return self

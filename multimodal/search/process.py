@@ -120,7 +120,13 @@ class Child(Stoppable):
 
 
 class LeftOver(Stoppable):
-    """A process whose driver was killed: known by the lock that it holds, and by who holds that of its run."""
+    """A process whose driver was killed: known by the lock that it holds, and by who holds that of its run.
+
+    One that has let go of its run before it is asked to end is waited for.
+    """
+
+    pid: int | None = None
+    """Of the one that was asked."""
 
     def __init__(self, is_over: Callable[[], bool], folder: Path) -> None:
         self.is_over, self.folder = is_over, folder
@@ -129,9 +135,10 @@ class LeftOver(Stoppable):
         return 0 if self.is_over() else None
 
     def send(self, number: signal.Signals) -> bool:
-        holder = run_lock.holder(self.folder)
-        if holder is None:  # it has just started, or has let go of its run already
-            return False
         with suppress(ProcessLookupError):
-            os.kill(holder, number)
-        return True
+            if self.pid is not None:  # its group, with its data workers, is there as long as one of them holds the lock
+                os.killpg(self.pid, number)
+            elif (holder := run_lock.holder(self.folder)) is not None:
+                os.kill(holder, number)
+                self.pid = holder
+        return self.pid is not None

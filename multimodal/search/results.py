@@ -114,8 +114,11 @@ class Saved:
         return cls(len(counted), took, total, pruned, stopped)
 
     def __str__(self) -> str:
+        of = f"of the samples of {self.trials} trials"
+        if not self.pruning and self.early_stopping:
+            return f"early stopping saved {self.early_stopping:.0%} {of}"
         early = f", early stopping {self.early_stopping:.0%}" if self.early_stopping else ""
-        return f"pruning saved {self.pruning:.0%} of the samples of {self.trials} trials{early}"
+        return f"pruning saved {self.pruning:.0%} {of}{early}"
 
 
 def deviations(study: Study) -> dict[str, dict[str, float]]:

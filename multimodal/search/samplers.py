@@ -3,6 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from random import Random as Shuffle
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,9 @@ def _by_key(
 
         def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, Any]:
             pieces = {int(key.split(":")[-1]): text for key, text in trial.system_attrs.items() if RELATIVE in key}
-            if pieces:  # Optuna would take the trial itself for another one that runs
+            with suppress(ValueError):  # pieces are lacking, or all: they are written one by one
                 drawn = json.loads("".join(pieces[at] for at in sorted(pieces)))
+                # Optuna would take the trial itself for another one that runs
                 return {key: drawn[key] for key in search_space if key in drawn}
             return self.together.sample_relative(study, trial, search_space)
 
