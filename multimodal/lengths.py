@@ -42,8 +42,8 @@ def by_length(
     """What `encode` makes of the inputs, each cut to about its length; nothing waits for the device.
 
     A CPU computes them in chunks. All of these are embedded at once: the gradient of a table is as large as the table,
-    however few rows it is for. Other devices compute all rows together, cut to one of a few lengths: many small kernels,
-    of shapes that never come again, cost more there than padding.
+    however few rows it is for. Other devices compute all rows together, cut to one of a few lengths: chunks cost more
+    there than padding does.
     """
     if inputs.device.type != "cpu":
         return encode(inputs[:, : MULTIPLE * math.ceil(int(lengths.max()) / MULTIPLE)])
