@@ -1,12 +1,13 @@
 """`run.repeat=NAME`: what a run has stored is what a program starts from, in place of conf/train.yaml."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from multimodal import checkpoint
-from multimodal.cli import not_interpolated
+from multimodal.cli import CONF, not_interpolated
 from multimodal.config import ConfigError, TrainConfig, check
 from multimodal.report import folders
 from multimodal.run_folder import CONFIG
@@ -27,8 +28,15 @@ def repeated(words: Sequence[str]) -> list[str]:
     if {"-m", "--multirun"} & set(words):
         raise ConfigError([(KEY, "repeats one run: not with -m, whose runs would not know of it")])
     runs = next((word.partition("=")[2].strip("'\"") for word in words if word.startswith("paths.runs=")), "runs")
+    if chosen := [word for word in words if re.split("[@=]", word.lstrip("+~"))[0] in _groups()]:
+        told = "a repeat has the parts of its run: values in them can be overridden, but no other part chosen"
+        raise ConfigError([(word, told) for word in chosen])
     _store(stored(word, Path(runs)))
     return [f"--config-name={NODE}", *(word for word in words if word not in asked)]
+
+
+def _groups() -> set[str]:
+    return {folder.name for folder in CONF.iterdir() if folder.is_dir()}
 
 
 def stored(word: str, runs: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pydantic import Field
 
 from multimodal.cli import launch, plain, program
 from multimodal.comparison import pairs, pareto, tables
-from multimodal.comparison.groups import Compared, compared, direction
-from multimodal.comparison.statistics import NAMES, Kind
+from multimodal.comparison.groups import FACTS, Compared, compared, direction
+from multimodal.comparison.statistics import FEWEST, NAMES, Kind
 from multimodal.config import ConfigError, RunError, check
 from multimodal.report import folders, page
 from multimodal.report.asked import SeveralRuns, Words
@@ -76,7 +76,8 @@ def main(composed: DictConfig) -> None:
     for grid in tables.results(found, keys):
         logger.info("%s", aligned([grid.heads, *([fact.text for fact in row] for row in grid.rows)]))
     tests = len(pairs.performed(made))
-    logger.info("%d runs in %d groups, %d tests (%s)", len(runs), len(found.groups), tests, NAMES[asked.test])
+    told = f"{tests} tests ({NAMES[asked.test]})" if tests else f"no tests: no two groups share {FEWEST} seeds"
+    logger.info("runs: %d, groups: %d, %s", len(runs), len(found.groups), told)
     logger.info("%s", "\n".join(str(path) for path in sorted(out.parent.glob(f"{out.name}[-.]*"))))
 
 
@@ -101,6 +102,8 @@ def _checked(asked: CompareConfig, found: Compared) -> tuple[list[str], tuple[in
         if asked.y is None or key is None:
             continue
         signs.append(SIGNS.get(better, direction(key, found.groups)))
+        if key in found.keys and key not in (*keys, *FACTS):
+            keys.append(key)
         if key not in found.keys:
             problems.append((axis, f"no run has '{key}'.{did_you_mean(key, found.keys)}"))
         elif signs[-1] == 0:

@@ -19,7 +19,7 @@ from multimodal.hardware import Hardware
 from multimodal.report import folders
 from multimodal.report.asked import Several, SeveralRuns, Words
 from multimodal.scaling.figure import draw
-from multimodal.scaling.fit import Fit, fit
+from multimodal.scaling.fit import STEEPEST, Fit, fit
 from multimodal.scaling.points import TITLES, Axis, Point, complement, planned_size, points
 
 logger = logging.getLogger(__name__)
@@ -65,14 +65,20 @@ def main(composed: DictConfig) -> None:
         _write(out, asked, used, law, foretold, lacking)
     except OSError as problem:
         raise RunError(f"{out} cannot be written: {problem.strerror}") from problem
+    sizes = len({point.x for point in used})
+    lacks = f"1 - {asked.metric}" if lacking else asked.metric
+    logger.info("%s = a + b %s^-c, of %d runs of %d sizes; 95%% intervals", lacks, asked.x, len(used), sizes)
     for name, (value, low, high) in _numbers(law).items():
         logger.info("%s %.4g [%.4g, %.4g]", name, value, low, high)
+    _, low, high = _numbers(law)["c"]
+    if low <= 0 or high >= STEEPEST:
+        logger.warning("c can be anything from %.3g to %.3g: these runs do not determine a law", low, high)
     for one in foretold:
         plan = one.get("plan") or {}
         cost = "".join(f", {plan[key]:,.4g} {key}" for key in ("gpu_hours", "dollars") if key in plan)
         span = f"{one['error']:.4g} [{one['low']:.4g}, {one['high']:.4g}]"
         logger.info("at %.4g %s, %.3g times the largest: error %s%s", one["x"], asked.x, one["beyond"], span, cost)
-    logger.info("%s", out.with_name(f"{out.name}.json"))
+    logger.info("%s", "\n".join(str(out.with_name(f"{out.name}.{kind}")) for kind in ("json", "csv", "png")))
 
 
 def _checked(asked: ScalingConfig, found: Any) -> tuple[list[tuple[float, dict[str, Any] | None]], bool]:

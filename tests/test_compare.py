@@ -258,10 +258,21 @@ def test_the_number_of_tests_is_that_which_p_is_corrected_for(tmp_path: Path, ca
         tests = list(csv.DictReader(file))
     done = [row for row in tests if row["p"]]
     assert 1 < len(done) < len(tests)
-    assert f"in 2 groups, {len(done)} tests (" in caplog.text
+    assert f"groups: 2, {len(done)} tests (" in caplog.text
     assert f"Corrected for their number, {len(done)} (Holm)" in (tmp_path / "comparison.md").read_text()
     least = min(done, key=lambda row: float(row["p"]))
     assert float(least["p_corrected"]) == pytest.approx(min(1, len(done) * float(least["p"])))
+
+
+def test_what_is_drawn_is_in_the_table_and_no_tests_have_a_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two_groups(tmp_path, seeds=1)
+    words = ["metrics=[train/loss]", "x=samples", "x_better=less", "y=eval/shapes/top1"]
+    with caplog.at_level("INFO"):
+        run_program("compare", f"paths.runs={tmp_path}", "runs=['*']", *words)
+    assert "eval/shapes/top1 %" in (tmp_path / "comparison.md").read_text()
+    assert "no tests: no two groups share 3 seeds" in caplog.text
 
 
 def test_a_front_of_which_no_group_has_both_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The laws of doing the same again: the stored settings, the same bits, and all that is not the same is told."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -167,6 +168,12 @@ def test_other_command_lines_stay_as_they_are(words: list[str]) -> None:
 
 
 # --- facts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["tracker=none", "+loss=sigmoid", "tower@towers.image=vit"])
+def test_another_part_than_the_run_had_is_refused_by_name(original: Path, word: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{word}: a repeat has the parts of its run")):
+        repeated([f"run.repeat={original}", "seed=3", word])
 
 
 @pytest.mark.parametrize("option", ["-m", "--multirun"])

@@ -118,10 +118,13 @@ def test_replicates_have_locks_and_outputs_of_their_own(tmp_path: Path) -> None:
 
 def test_cores_and_gpus_are_dealt_out_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     start = Local(workers=2, threads=None)
     assert [start.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
     assert int(start.environment(0)["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     assert Local(workers=2, threads=7).environment(0)["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert Local(workers=1, threads=None).environment(0)["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_trial_that_repeats_another_is_not_run_again(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from multimodal.search.overrides import override, parsed, typed
 from multimodal.search.plots import write_plots
 from multimodal.search.progress import Progress
 from multimodal.search.pruners import Median
-from multimodal.search.results import Saved, command, spread, table, write_experiment, write_results, write_table
+from multimodal.search.results import (
+    Saved,
+    command,
+    deviations,
+    spread,
+    table,
+    write_experiment,
+    write_results,
+    write_table,
+)
 from multimodal.search.space import Parameter
 from multimodal.search.study import FAILURES, Search
 
@@ -71,6 +80,14 @@ def test_table_and_plots_are_of_all_trials(tmp_path: Path) -> None:
 
 def test_where_no_replicate_ended_that_is_told() -> None:
     assert spread(study(search())) == "none came to its end"
+
+
+def test_one_replicate_has_no_deviation(tmp_path: Path) -> None:
+    found = study(search())
+    follow(found, tmp_path, CURVES[0])
+    ((_, one),) = deviations(found).items()
+    assert one["std"] is None
+    assert "±" not in spread(found)
 
 
 def test_the_samples_that_were_not_trained_are_counted_and_told(
@@ -174,7 +191,7 @@ def test_a_log_has_few_lines_on_how_far_a_search_is(
             progress.look(found.trials)
     told = [record.getMessage() for record in caplog.records if record.name == "multimodal.search.progress"]
     assert len(told) == 19
-    assert re.fullmatch(r"4 of 80 trials have ended, 0 run, time left \d\d:\d\d", told[0]), told[0]
+    assert re.fullmatch(r"4 of 80 trials have ended, 0 running, time left \d\d:\d\d", told[0]), told[0]
 
 
 def test_where_no_trial_ended_there_is_no_best() -> None:

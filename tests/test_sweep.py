@@ -65,7 +65,7 @@ def test_the_best_is_an_experiment_that_launches_as_it_is_and_all_is_written_dow
     with (folder / "trials.csv").open() as file:
         assert [row["trial"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"history", "parallel", "slices"}
-    assert "with 1 other seeds: train/loss" in whole.log.read_text()
+    assert "with other seeds (1): train/loss" in whole.log.read_text()
     best = min((t for t in whole.trials if t.state == TrialState.COMPLETE), key=lambda trial: trial.values[0])
     results = json.loads((folder / "results.json").read_text())
     assert results["best"]["trial"] == best.number

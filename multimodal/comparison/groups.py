@@ -103,7 +103,7 @@ def obstacle(run: Run) -> str | None:
         return None if run.values else "nothing in it can be read"
     status = run.summary.get("status")
     if status not in FINISHED:
-        step = run.rows[-1]["step"] if run.rows else 0
+        step = run.summary.get("step", run.rows[-1]["step"] if run.rows else 0)
         return f"is not finished: {status or 'its summary.json is missing or damaged'}, step {step}"
     return None
 

@@ -19,18 +19,20 @@ from multimodal.parts import BadSample, Source
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Endings of image files, in any case; in a shard the first of them that a key has is its image."""
 
-NUM_SHOWN = 5  # missing images that an error names
+NUM_SHOWN = 5  # missing files that an error names
 
 
 def locate(root: Path, *names: str) -> list[Path]:
-    """The files of these names below `root` (or absolute); one error names all that are missing."""
+    """The files of these names below `root` (or absolute); one error names the first that are missing, of all."""
     paths = [root / name for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} files are missing below '{root}': {', '.join(missing)}"
-        )
+        raise FileNotFoundError(f"{len(missing)} of {len(names)} files are missing below '{root}': {_first(missing)}")
     return paths
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NUM_SHOWN]) + (f", and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
 
 
 def check_images(path: Path, folder: Path, named: Mapping[str, str]) -> None:
@@ -38,7 +40,7 @@ def check_images(path: Path, folder: Path, named: Mapping[str, str]) -> None:
     bar = tqdm(named.items(), desc="Looking for images", unit="image", delay=2, disable=None)
     missing = [f"{where}: '{image}'" for image, where in bar if not os.path.isfile(folder / image)]
     if missing:
-        shown = ", ".join(missing[:NUM_SHOWN]) + (", ..." if len(missing) > NUM_SHOWN else "")
+        shown = _first(missing)
         raise ValueError(f"{path}: {len(missing)} of {len(named)} images are missing below '{folder}' ({shown})")
 
 

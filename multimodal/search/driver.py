@@ -105,4 +105,4 @@ class Driver:
             told = f"ended early at {trial.last_step}%: {told}"
         elif trial.state not in ENDED:
             told = "failed"
-        logger.info("trial %d of %d: %s (%s)", trial.number, search.trials, told, chosen)
+        logger.info("%s, trial %d of %d: %s (%s)", search.name, trial.number, search.trials, told, chosen)

@@ -42,12 +42,13 @@ class Local:
     def __init__(
         self,
         workers: int,
-        threads: int | None,  # of each process; as many as there are cores for a worker unless given
+        threads: int | None,  # of each process; if not given, cores by workers, and no more than OMP_NUM_THREADS
         options: Sequence[str] = (),  # of the command line, before overrides
     ) -> None:
         self.command = [sys.executable, str(CONF.parent / "train.py"), *options]
         cores = len(os.sched_getaffinity(0))
-        self.threads = threads or max(1, cores // workers)
+        share = min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))
+        self.threads = threads or max(1, share)
         self.devices = _devices()
 
     def __call__(self, overrides: Sequence[str], log: Path, lock: int, slot: int) -> Process:

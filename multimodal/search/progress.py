@@ -49,7 +49,7 @@ class Progress:
         if self.ended // line > self.told // line and self.ended < total:
             left = (time.monotonic() - self.began) / (self.ended - self.before) * (total - self.ended)
             about = tqdm.format_interval(left)
-            logger.info("%d of %d trials have ended, %d run, time left %s", self.ended, total, running, about)
+            logger.info("%d of %d trials have ended, %d running, time left %s", self.ended, total, running, about)
             self.told = self.ended
 
     def _best(self, trials: Sequence[FrozenTrial]) -> dict[str, str]:

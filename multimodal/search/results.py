@@ -121,20 +121,22 @@ class Saved:
         return f"pruning saved {self.pruning:.0%} {of}{early}"
 
 
-def deviations(study: Study) -> dict[str, dict[str, float]]:
-    """By objective, of trials that differ in their seed: mean and standard deviation; nothing where none has ended."""
+def deviations(study: Study) -> dict[str, dict[str, float | None]]:
+    """By objective, of trials that differ in their seed: mean and standard deviation (None of one trial)."""
     done = [trial.values for trial in study.trials if trial.state == TrialState.COMPLETE]
     if not done:
         return {}
     return {
-        metric: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+        metric: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         for metric, values in zip(study.search.objectives, zip(*done, strict=True), strict=True)
     }
 
 
 def spread(study: Study) -> str:
     """The same as text."""
-    told = [f"{metric} {short(one['mean'])} ± {short(one['std'])}" for metric, one in deviations(study).items()]
+    found = deviations(study).items()
+    deviation = {metric: "" if one["std"] is None else f" ± {short(one['std'])}" for metric, one in found}
+    told = [f"{metric} {short(one['mean'])}{deviation[metric]}" for metric, one in found]
     return ", ".join(told) or "none came to its end"
 
 

@@ -50,6 +50,8 @@ def sweep(
             return Driver(study, locks, start, words, Path(paths.runs), config.workers, config.retries).run(signal)
 
         with signal.heeded():
+            at_once = f"{config.workers} at a time with {start.threads} threads each"
+            logger.info("%d trials, %s; output in %s", config.trials, at_once, locks.folder)
             done = run(study)
             with locks.alone():
                 write_table(study, config.folder / TABLE)
@@ -131,6 +133,6 @@ def _write(config: SweepConfig, study: Study, seeds: Study | None, options: Sequ
     if study.can_prune or saved.early_stopping:
         logger.info("%s", saved)
     if seeds is not None:
-        logger.info("trial %d with %d other seeds: %s", best.number, config.replicates, spread(seeds))
+        logger.info("trial %d with other seeds (%d): %s", best.number, config.replicates, spread(seeds))
     logger.info("all trials: %s; plots: %s", folder / TABLE, plots[0].parent if plots else "none")
     logger.info("the best, trial %d, is an experiment: %s", best.number, launch)
