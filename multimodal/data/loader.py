@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 import signal
+import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from multimodal import distributed
 from multimodal.batch import Batch
 from multimodal.data.order import Batches, Position
 from multimodal.parts import BadSample, Preprocessor, Source
@@ -22,6 +24,10 @@ from multimodal.parts import BadSample, Preprocessor, Source
 MAX_ATTEMPTS = 100
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """What ends a run after its step: from a user, a machine that goes down, or Slurm by way of submitit."""
+
+AT_REST = 0.05
+"""Seconds for threads of a process group to come to rest before workers are forked. CPython 3.11 makes a child wait
+without end that is forked while such a thread enters the interpreter, as it may at the end of a collective."""
 
 T = TypeVar("T")
 
@@ -113,6 +119,8 @@ def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:
     is deleted, and the frames that an exception's traceback holds would put that off. A worker that hangs is killed.
     """
     before = set(multiprocessing.active_children())
+    if loader.num_workers and distributed.world_size() > 1:
+        time.sleep(AT_REST)
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - before
     try:
