@@ -189,7 +189,7 @@ def test_a_folder_that_is_only_to_be_read_is_told_before_anything_is_built(tmp_p
 
 
 def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    words = ["workers=1", "duration=3000steps", "checkpoint.every=never"]
+    words = ["workers=1", "duration=300000steps", "checkpoint.every=never"]  # not over before the others have started
     first = start(command(tmp_path, "one", *words))
     wait_for_step(tmp_path, "one", 2, first)
     output = end(start(command(tmp_path, "one", *words, ranks=2)))
