@@ -66,8 +66,8 @@ def main(composed: DictConfig) -> None:
     except OSError as problem:
         raise RunError(f"{out} cannot be written: {problem.strerror}") from problem
     sizes = len({point.x for point in used})
-    lacks = f"1 - {asked.metric}" if lacking else asked.metric
-    logger.info("%s = a + b %s^-c, of %d runs of %d sizes; 95%% intervals", lacks, asked.x, len(used), sizes)
+    error_of = _error(asked.metric, lacking)
+    logger.info("%s = a + b %s^-c, of %d runs of %d sizes; 95%% intervals", error_of, asked.x, len(used), sizes)
     for name, (value, low, high) in _numbers(law).items():
         logger.info("%s %.4g [%.4g, %.4g]", name, value, low, high)
     _, low, high = _numbers(law)["c"]
@@ -110,6 +110,10 @@ def _foretold(law: Fit, x: float, used: list[Point], lacking: bool, plan: dict[s
     return {"x": x, "beyond": beyond, "error": error, "low": low, "high": high, "value": value, "plan": plan}
 
 
+def _error(metric: str, lacking: bool) -> str:
+    return f"1 - {metric}" if lacking else metric
+
+
 def _numbers(law: Fit) -> dict[str, tuple[float, float, float]]:
     """a, b and c with their intervals."""
     spans = law.intervals
@@ -123,7 +127,7 @@ def _write(
     out.parent.mkdir(parents=True, exist_ok=True)
     numbers = {name: dict(zip(("value", "low", "high"), found, strict=True)) for name, found in _numbers(law).items()}
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "metric": asked.metric, "x": asked.x}
-    error = f"1 - {asked.metric}" if lacking else asked.metric
+    error = _error(asked.metric, lacking)
     whole = {**about, "form": "error = a + b x^-c", "error": error, **numbers, "foretold": foretold}
     rows = [[point.name, point.x, point.error, float(law.law(point.x))] for point in used]
     write_json(out.with_name(f"{out.name}.json"), {**whole, "runs": [point.name for point in used]})

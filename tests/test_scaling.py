@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ def test_what_a_run_does_not_say_is_told(tmp_path: Path, tiny: Callable[[int], d
     assert not complement("train/loss", found)
     with pytest.raises(ValueError, match="Did you mean 'train/loss'"):
         complement("train/los", found)
+
+
+def test_runs_that_determine_no_law_are_told(
+    tmp_path: Path, tiny: Callable[[int], dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    sized(tmp_path, tiny)
+    words = ["runs=['*']", f"paths.runs={tmp_path}", "metric=eval/shapes/top1", "x=samples", "resamples=20"]
+    run_program("scaling", *words)
+    assert "do not determine a law" not in caplog.text
+    for place, top1 in zip(sorted(tmp_path.glob("size*")), [0.5, 0.2, 0.6, 0.1, 0.4], strict=True):
+        for file in (place / "metrics.jsonl", *place.glob("**/results.json")):
+            file.write_text(re.sub(r'("eval/shapes/top1": (?:{"value": )?)[\d.]+', rf"\g<1>{top1}", file.read_text()))
+    run_program("scaling", *words)
+    assert "do not determine a law" in caplog.text
 
 
 def test_the_program_fits_draws_and_foretells_and_what_it_foretold_stays(

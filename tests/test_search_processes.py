@@ -125,6 +125,8 @@ def test_cores_and_gpus_are_dealt_out_to_workers(monkeypatch: pytest.MonkeyPatch
     assert Local(workers=2, threads=7).environment(0)["OMP_NUM_THREADS"] == "7"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert Local(workers=1, threads=None).environment(0)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
+    assert Local(workers=1, threads=None).environment(0)["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_trial_that_repeats_another_is_not_run_again(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from multimodal.data import tars
 from multimodal.data.arrays import Arrays
+from multimodal.data.files import locate
 from multimodal.data.image_folder import ImageFolder
 from multimodal.data.manifest import Manifest
 from multimodal.data.shapes import Shapes
@@ -543,3 +544,10 @@ def test_real_arrays_have_their_classes_in_both_layouts() -> None:
     train = Arrays(path="cifar10_train_jpeg.npz").build(root)
     assert (len(train), train.class_names) == (50000, source.class_names)
     assert pixels(train, 49999).shape == pixels(source, 0).shape == (32, 32, 3)
+
+
+def test_of_many_files_that_are_missing_the_first_are_named(tmp_path: Path) -> None:
+    names = [f"{index:05d}.tar" for index in range(332)]
+    (tmp_path / names[0]).touch()
+    with pytest.raises(FileNotFoundError, match=r"331 of 332 .*00001\.tar, .*00005\.tar, and 326 more$"):
+        locate(tmp_path, *names)

@@ -47,7 +47,8 @@ class Local:
     ) -> None:
         self.command = [sys.executable, str(CONF.parent / "train.py"), *options]
         cores = len(os.sched_getaffinity(0))
-        share = min(cores // workers, int(os.environ.get("OMP_NUM_THREADS") or cores))
+        told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # by level of nesting
+        share = min(cores // workers, int(told) if told.isdecimal() else cores)
         self.threads = threads or max(1, share)
         self.devices = _devices()
 
