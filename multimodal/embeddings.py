@@ -51,7 +51,7 @@ def from_path(source: Path) -> Rows:
         if not "".join(lines).strip():
             raise ValueError(f"'{source}' is empty")
         texts = PackedStrings(lines)
-        facts["texts"] = hashlib.sha256(texts.buffer + texts.ends.tobytes()).hexdigest()
+        facts["texts"] = hashlib.sha256(texts.bytes.tobytes() + texts.ends.tobytes()).hexdigest()
         return Rows("text", texts, Mapped(str, range(len(texts))), facts)
     files = ImageFiles(source)
     return Rows("image", files, files.names, facts)

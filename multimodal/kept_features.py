@@ -35,6 +35,9 @@ class KeptFeatures:
         self.path = path
         self.rows = np.load(path, mmap_mode="r")  # float32 [num_samples, W]
 
+    def __reduce__(self) -> tuple[type["KeptFeatures"], tuple[Path]]:
+        return KeptFeatures, (self.path,)  # mapped where it arrives, not sent
+
     def __call__(self, index: int) -> Tensor:
         """float32 [W]; BadSample if the sample was broken when the features were computed."""
         row = torch.from_numpy(np.array(self.rows[index]))

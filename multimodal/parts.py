@@ -36,7 +36,10 @@ class BadSample(ValueError):
 
 
 class Source(ABC):
-    """Samples at random access; the same index gives the same sample in every process."""
+    """Samples at random access; the same index gives the same sample in every process.
+
+    To be pickled: where there are several ranks, processes that read data get a copy, which shares arrays of numpy.
+    """
 
     class_names: tuple[str, ...] = ()
     """Names by label, where samples have labels."""

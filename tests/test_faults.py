@@ -16,12 +16,17 @@ import torch
 from test_processes import STEPS, command, computed, kill, rows, run, start, wait_for_step, weights
 
 from multimodal import checkpoint
+from multimodal.data.workers import STOP_SIGNALS
 
 pytestmark = pytest.mark.slow
 
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    return [one for child in children(pid) for one in (child, *descendants(child))]
 
 
 def is_alive(pid: int) -> bool:
@@ -92,8 +97,8 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_and_is_named(
     process = start(command(tmp_path, "two", *words, ranks=2))
     wait_for_step(tmp_path, "two", 3, process)
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
-    family = [pid for rank in ranks.values() for pid in (rank, *children(rank))]
-    assert len(family) == 4
+    family = descendants(process.pid)
+    assert len(family) == 8  # of each rank: itself, the server that starts its data worker, this, and Python's tracker
     saved = wait_for_checkpoint(tmp_path, "two", process)
     os.kill(ranks[victim], number)
     output = end(process)
@@ -105,6 +110,25 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_and_is_named(
         time.sleep(0.1)  # a worker looks every few seconds whether its rank is there
     assert [pid for pid in family if is_alive(pid)] == []
     assert_sound(tmp_path, "two", saved)
+
+
+def test_a_data_worker_of_a_rank_that_is_killed_ends_all_in_words_and_a_stop_signal_to_its_server_does_not(
+    tmp_path: Path,
+) -> None:
+    process = start(command(tmp_path, "two", "workers=2", "duration=30000steps", ranks=2))
+    wait_for_step(tmp_path, "two", 3, process)
+    ranks = {rank_of(pid): pid for pid in children(process.pid)}
+    (server,) = [pid for pid in children(ranks[1]) if children(pid)]
+    for number in STOP_SIGNALS:  # as Slurm sends them, to all processes
+        os.kill(server, number)
+    workers = children(server)
+    assert len(workers) == 2
+    wait_for_step(tmp_path, "two", len(rows(tmp_path, "two")) + 30, process)
+    assert children(server) == workers
+    os.kill(workers[0], signal.SIGKILL)
+    output = end(process, 60)
+    assert f"rank 1 ended with RunError: a process that reads data (pid {workers[0]}) exited" in output
+    assert_sound(tmp_path, "two", 8)
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
@@ -197,9 +221,9 @@ def test_a_second_process_on_the_same_run_is_refused_and_the_first_goes_on(tmp_p
     assert f'"pid": {first.pid}' in output
     assert first.poll() is None
     kill(first)
-    since = time.time()
+    since, saved = time.time(), max(checkpoint.steps(tmp_path / "one"), default=0)
     second = start(command(tmp_path, "one", *words))  # at once, and what was killed has left no lock
-    wait_for_more(tmp_path, "one", 0, second, since)
+    wait_for_more(tmp_path, "one", saved, second, since)
     second.send_signal(signal.SIGTERM)
     output, _ = second.communicate(timeout=240)
     assert second.returncode == 0, output

@@ -1,16 +1,23 @@
 """The laws of reading: the same batches however they are read, and full ones whatever is broken."""
 
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from multimodal.batch import Batch, Sample
+from multimodal.data import workers
 from multimodal.data.loader import MAX_ATTEMPTS, Reader, training_batches
 from multimodal.data.order import Batches
+from multimodal.data.workers import LostWorker
 from multimodal.parts import BadSample, Source
 
 SAMPLES, BATCH = 20, 6
@@ -49,8 +56,11 @@ class Noisy:
 READERS = {"one": Reader("number", Noisy()), "other": Reader("negative", Noisy())}
 
 
-def read(source: Source, workers: int = 0, start: int = 0, stop: int = 9, seed: int = 1) -> list[Batch]:
-    return list(training_batches(source, READERS, Batches(SAMPLES, seed, BATCH, 0, 1, start, stop), seed, workers))
+def read(
+    source: Source, workers: int = 0, start: int = 0, stop: int = 9, seed: int = 1, timeout: float = 0
+) -> list[Batch]:
+    order = Batches(SAMPLES, seed, BATCH, 0, 1, start, stop)
+    return list(training_batches(source, READERS, order, seed, workers, timeout=timeout))
 
 
 def assert_same(ours: list[Batch], others: list[Batch]) -> None:
@@ -65,6 +75,15 @@ def assert_same(ours: list[Batch], others: list[Batch]) -> None:
 def test_the_batches_are_the_same_whatever_the_number_of_workers() -> None:
     source = Numbers(broken=[3, 11])
     assert_same(read(source, workers=0), read(source, workers=2))
+
+
+def test_the_batches_are_the_same_beside_other_ranks_where_a_server_starts_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Numbers(broken=[3, 11])
+    here = read(source)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_same(here, read(source, workers=2))
 
 
 def test_a_run_that_starts_later_reads_what_the_whole_run_reads_from_there() -> None:
@@ -127,6 +146,76 @@ def test_an_error_that_is_no_bad_sample_is_not_swallowed() -> None:
 
     with pytest.raises(ZeroDivisionError):
         read(Faulty())
+
+
+class Arrays(Numbers):
+    """Sample i holds whether i is in all arrays, and how many of them are in memory that processes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = np.arange(SAMPLES * 3.0).reshape(SAMPLES, 3)
+        self.arrays = [np.arange(SAMPLES, dtype=np.int8), np.asfortranarray(table), np.array(["a"] * SAMPLES), table]
+        self.empty, self.halves = np.zeros((0, 3)), table[::2]
+
+    def __getitem__(self, index: int) -> Sample:
+        maps = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "shm/torch" in line]
+        ranges = [[int(end, 16) for end in one.split("-")] for one in maps]
+        shared = [any(a <= array.ctypes.data < b for a, b in ranges) for array in self.arrays]
+        numbers, one, letters, other = self.arrays
+        right = numbers[index] == index and letters[index] == "a" and one[index, 1] == other[index, 1] == 3 * index + 1
+        right &= self.empty.shape == (0, 3) and np.array_equal(self.halves, other[::2])
+        right &= all(array.flags.aligned for array in self.arrays)
+        return Sample(f"array/{index}", {"number": bool(right), "negative": sum(shared)})
+
+
+def test_beside_other_ranks_workers_share_the_arrays_of_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for batch in read(Arrays(), workers=2):
+        assert bool(batch.inputs["one"][:, 0].all())
+        assert batch.inputs["other"][:, 0].tolist() == [4] * BATCH
+
+
+class Slow(Numbers):
+    """Sample 3 takes a while."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def __getitem__(self, index: int) -> Sample:
+        time.sleep(self.seconds if index == 3 else 0)
+        return super().__getitem__(index)
+
+
+def test_a_batch_that_is_asked_after_comes_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "POLL", 0.05)
+    assert_same(read(Numbers()), read(Slow(0.5), workers=2, timeout=60))
+
+
+def test_workers_that_are_stuck_are_told_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "POLL", 0.05)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.05)  # how long torch lets them end
+    with pytest.raises(LostWorker, match=r"the processes that read data gave none for 0.5 seconds"):
+        read(Slow(1000), workers=2, timeout=0.5)
+    assert multiprocessing.active_children() == []
+
+
+class Suicidal(Numbers):
+    """Whoever reads sample 3 is killed."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_that_is_killed_is_told_long_before_the_timeout(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "POLL", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(LostWorker, match=r"a process that reads data \(pid \d+\) (is killed|exited)"):
+        read(Suicidal(), workers=1, timeout=10_000)
+    assert multiprocessing.active_children() == []
 
 
 class Words(Source):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from multimodal import trainer
 from multimodal.batch import Batch
 from multimodal.config import ConfigError
-from multimodal.data import loader
+from multimodal.data import loader, workers
 from multimodal.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -45,7 +45,7 @@ def test_a_run_on_a_cpu_takes_no_memory_of_a_gpu(tiny_config: TinyConfig, monkey
             where_there_is_one.setattr(torch.cuda, "is_available", lambda: True)
             return loader.training_batches(*given)
 
-    monkeypatch.setattr(loader, "DataLoader", loader_of)
+    monkeypatch.setattr(workers, "DataLoader", loader_of)
     monkeypatch.setattr(trainer, "training_batches", batches)
     Trainer(tiny_config("duration=1steps")).run()
     assert pinned == [False]

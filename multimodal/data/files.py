@@ -57,12 +57,12 @@ def image_files(folder: Path, below: str = ".") -> Iterator[str]:
 
 
 class PackedStrings(Sequence[str]):
-    """Strings end to end in one buffer, so that forked workers share the memory (reading a list copies its pages)."""
+    """Strings end to end in one array, whose memory processes share (reading a list copies its pages)."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
         self.ends = np.cumsum([0, *map(len, encoded)])
-        self.buffer = b"".join(encoded)
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -70,7 +70,7 @@ class PackedStrings(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"there is no sample {index} among {len(self)}")
-        return self.buffer[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogatepass")
+        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogatepass")
 
 
 class ImageFiles(Sequence[Path]):

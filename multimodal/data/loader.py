@@ -1,35 +1,22 @@
 """From a source to batches: draw, augment, tokenise in worker processes; stand in for broken samples."""
 
-import multiprocessing
-import re
-import signal
-import time
-import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from multimodal import distributed
 from multimodal.batch import Batch
 from multimodal.data.order import Batches, Position
+from multimodal.data.workers import read
 from multimodal.parts import BadSample, Preprocessor, Source
 
 MAX_ATTEMPTS = 100
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""What ends a run after its step: from a user, a machine that goes down, or Slurm by way of submitit."""
-
-AT_REST = 0.05
-"""Seconds for threads of a process group to come to rest before workers are forked. CPython 3.11 makes a child wait
-without end that is forked while such a thread enters the interpreter, as it may at the end of a collective."""
-
-T = TypeVar("T")
 
 Kept = Callable[[int], Tensor]
 """The features [W] of a sample that a frozen tower made before; BadSample where it could not."""
@@ -58,7 +45,7 @@ class _Rows(Dataset[_Row]):
     """The training sample at a position, or, where that is broken, one drawn from (seed, epoch, index)."""
 
     def __init__(self, source: Source, readers: Mapping[str, Reader], seed: int, kept: Mapping[str, Kept]) -> None:
-        self.source, self.seed, self.kept = source, seed, kept
+        self.source, self.seed, self.kept = source, seed, dict(kept)
         self.readers = {name: reader for name, reader in readers.items() if name not in kept}
         self.only_captions = all(reader.reads == "text" for reader in self.readers.values())
 
@@ -106,44 +93,6 @@ def _collate(rows: list[_Row]) -> Batch:
     return Batch(inputs, indices, ids, replaced, truncated, pooled)
 
 
-def _quiet_worker(_: int) -> None:
-    """Leave stop signals to the main process, which still wants this worker's batches while it saves."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _batches_of(loader: DataLoader[T]) -> Generator[T, None, None]:
-    """What a loader gives; its workers have ended when this has, also by an exception or by `close`.
-
-    They do not heed stop signals, so a process could not end before them. Torch ends them when the loader's iterator
-    is deleted, and the frames that an exception's traceback holds would put that off. A worker that hangs is killed.
-    """
-    before = set(multiprocessing.active_children())
-    if loader.num_workers and distributed.world_size() > 1:
-        time.sleep(AT_REST)
-    batches = iter(loader)
-    workers = set(multiprocessing.active_children()) - before
-    try:
-        yield from batches
-    except BaseException as error:
-        if loader.num_workers:
-            traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        del batches
-        for worker in workers:
-            worker.kill()
-
-
-def lost_worker(error: Exception) -> str | None:
-    """What an exception of torch's says of a process that reads data and was killed, or hangs; None if of none."""
-    if match := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)[. ]*$", str(error)):
-        return f"a process that reads data (pid {match[1]}) {match[2]}; perhaps there was too little memory for it"
-    if match := re.match(r"DataLoader timed out after (.*) seconds", str(error)):
-        return f"the processes that read data gave none for {match[1]} seconds"
-    return None
-
-
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -161,17 +110,8 @@ def training_batches(
 
     To be closed, so that its workers end.
     """
-    loader: DataLoader[Batch] = DataLoader(
-        _Rows(source, readers, seed, kept),  # type: ignore[arg-type]
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_quiet_worker,
-        pin_memory=pinned,
-        timeout=timeout if workers else 0,
-        generator=torch.Generator(),  # not the global one, whose state belongs to the step
-    )
-    return _batches_of(loader)
+    rows = _Rows(source, readers, seed, kept)
+    return read(rows, workers, timeout, batch_sampler=order, collate_fn=_collate, pin_memory=pinned)
 
 
 # --- everything once, in order --------------------------------------------------------------------------------------
@@ -218,12 +158,5 @@ def read_inputs(
     workers: int,
 ) -> Generator[ReadInputs, None, None]:
     """Inputs as a tower reads them in evaluation, batch by batch. To be closed, so that its workers end."""
-    loader: DataLoader[ReadInputs] = DataLoader(
-        _Inputs(inputs, reader, places),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        num_workers=workers if reader.reads == "image" else 0,
-        collate_fn=_stack,
-        worker_init_fn=_quiet_worker,
-        generator=torch.Generator(),
-    )
-    return _batches_of(loader)
+    workers = workers if reader.reads == "image" else 0
+    return read(_Inputs(inputs, reader, places), workers, batch_size=batch_size, collate_fn=_stack)

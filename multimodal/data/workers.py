@@ -1,0 +1,180 @@
+"""Processes that read data: how they are started, how they end, and what is said of one that is lost."""
+
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator, Iterator
+from functools import cached_property
+from itertools import accumulate
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from multimodal import distributed
+from multimodal.resolve import allowed_packages
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""What ends a run after its step: from a user, a machine that goes down, or Slurm by way of submitit."""
+
+POLL = 5.0
+"""Seconds after which a batch that has not come is asked after: is the worker alive that should send it?"""
+
+ALIGNMENT = 64
+"""Bytes that an array in shared memory begins at a multiple of."""
+
+T = TypeVar("T")
+Row = TypeVar("Row")
+
+
+class LostWorker(RuntimeError):
+    """A process that reads data was killed, or hangs."""
+
+
+def read(
+    dataset: Dataset[Row],
+    workers: int,
+    timeout: float = 0,  # seconds that a batch may take to come from the workers; 0 for any
+    **options: Any,
+) -> Generator[Any, None, None]:
+    """What torch's DataLoader gives with these options, read by so many processes, or by this one.
+
+    To be closed, so that they end. LostWorker if one does before.
+    """
+    context = _server() if workers and distributed.world_size() > 1 else None
+    loader: DataLoader[Any] = DataLoader(
+        dataset if context is None else _Sent(dataset),
+        num_workers=workers,
+        worker_init_fn=_be_quiet if context is None else _be_quiet_and_end_with_the_rank,
+        multiprocessing_context=context,
+        timeout=min(timeout, POLL) if workers else 0,
+        generator=torch.Generator(),  # not the global one, whose state belongs to the step
+        **options,
+    )
+    return _batches_of(loader, timeout)
+
+
+def _be_quiet(_: int) -> None:
+    """Leave stop signals to the main process, which still wants this worker's batches while it saves."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _batches_of(loader: DataLoader[T], timeout: float) -> Generator[T, None, None]:
+    """What a loader gives; its workers have ended when this has, also by an exception or by `close`.
+
+    They do not heed stop signals, so a process could not end before them. Torch ends them when the loader's iterator
+    is deleted, and the frames that an exception's traceback holds would put that off. A worker that hangs is killed.
+    """
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - before
+    try:
+        yield from _patient(batches, timeout)
+    except BaseException as error:
+        for one in (error, error.__cause__):
+            if loader.num_workers and one is not None:
+                traceback.clear_frames(one.__traceback__)
+        raise
+    finally:
+        del batches
+        for worker in workers:
+            worker.kill()
+            worker.join(POLL)
+
+
+def _patient(batches: Iterator[T], timeout: float) -> Iterator[T]:
+    """What comes, within so many seconds each; torch notices at the end of its own timeout who has died."""
+    since = time.monotonic()
+    while True:
+        try:
+            yield next(batches)
+            since = time.monotonic()
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if match := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)[. ]*$", str(error)):
+                told = f"a process that reads data (pid {match[1]}) {match[2]}"
+                raise LostWorker(f"{told}; perhaps there was too little memory for it") from error
+            if not re.match("DataLoader timed out", str(error)):
+                raise
+            if time.monotonic() - since >= timeout:
+                raise LostWorker(f"the processes that read data gave none for {timeout:g} seconds") from error
+
+
+# --- beside other ranks ---------------------------------------------------------------------------------------------
+
+
+def _server() -> BaseContext:
+    """What starts workers in the place of this process: one that has no threads, and has imported what this one has.
+
+    Threads of a process group enter the interpreter when a collective ends, and a child that CPython 3.11 forks in
+    that moment waits without end. (Python 3.14 starts all processes like this.)
+    """
+    ours = allowed_packages()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in ours])
+    resource_tracker.ensure_running()  # it heeds no stop signals, but lets them through again to the one who starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _be_quiet_and_end_with_the_rank(number: int) -> None:
+    """Torch ends a worker whose parent has gone; but a server without its rank stays as long as it has a worker."""
+
+    def watch() -> None:
+        rank = multiprocessing.parent_process()
+        assert rank is not None
+        rank.join()
+        os._exit(1)
+
+    _be_quiet(number)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Sent(Dataset[Row], Generic[Row]):
+    """A data set whose arrays are sent to workers once for all of them, in memory that they share."""
+
+    def __init__(self, dataset: Dataset[Row]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Row:
+        return self.dataset[index]
+
+    @cached_property
+    def sent(self) -> tuple[bytes, Tensor, list[slice]]:
+        """The data set without its arrays; these, one behind the other; where each is."""
+        buffers: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(self.dataset, protocol=5, buffer_callback=buffers.append)
+        arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        starts = [0, *accumulate(math.ceil(len(array) / ALIGNMENT) * ALIGNMENT for array in arrays)]
+        shared: Tensor = torch.empty(starts[-1], dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        places = [slice(start, start + len(array)) for start, array in zip(starts, arrays, strict=False)]
+        for place, array in zip(places, arrays, strict=True):
+            shared.numpy()[place] = array
+        return pickled, shared, places
+
+    def __getstate__(self) -> tuple[bytes, Tensor, list[slice]]:
+        return self.sent
+
+    def __setstate__(self, sent: tuple[bytes, Tensor, list[slice]]) -> None:
+        pickled, shared, places = sent
+        self.dataset = pickle.loads(pickled, buffers=[shared.numpy()[place] for place in places])
