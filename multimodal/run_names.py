@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from multimodal.config import TrainConfig
 
 MAX_NAME = 100
-NAMED_OTHERWISE = ("run", "paths", "experiment", "debug")
-"""First words of overrides that do not go into a name: they are in it already, or say where it is."""
+NAMED_OTHERWISE = ("run", "paths", "experiment", "debug", "dry_run")
+"""First words of overrides that do not go into a name: they are in it already, or do not say what is computed."""
 
 
 def run_name(

@@ -23,12 +23,15 @@ NAMES = {
     "checkpoint": "copy that is saved",
     "loss": "(the loss, in its turn)",
 }
+UNKNOWN = "of how many samples? samples_per_epoch=N, or duration=Nsamples"
 
 
 @program("plan")
 def main(composed: DictConfig) -> None:
     """Rehearse a step, print size, memory, time and cost; exit status 1 if it does not fit."""
     config = check(plain(composed), PlanConfig)
+    if config.duration.unit == "epochs" and config.samples_per_epoch is None:
+        logger.info("no time will be told: duration=%s %s", config.duration, UNKNOWN)
     logger.info("rehearsing steps without data or memory; for the largest models this takes minutes")
     with tqdm(desc="rehearsing", unit=" passes", leave=False, disable=None) as bar:
         plan = planned(Planner(config, bar.update))
@@ -105,7 +108,7 @@ def lines(config: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"at {config.utilisation:.0%} of the peak: {plan['samples_per_s']:,.0f} samples/s"
     if plan["time"] is None:
-        yield f"duration={config.duration} of how many samples? samples_per_epoch=N, or duration=Nsamples"
+        yield f"duration={config.duration} {UNKNOWN}"
         return
     time = {key: f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for key, value in plan["time"].items()}
     price = f"at ${config.hardware.price_per_hour:g} an hour, an assumption"

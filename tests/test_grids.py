@@ -21,7 +21,7 @@ from multimodal.grids import cluster
 from multimodal.grids.cluster import Task
 from multimodal.grids.grid import launch_grid
 from multimodal.grids.here import Here
-from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, outcome, reason
+from multimodal.grids.jobs import INTERRUPTED, NOT_STARTED, OPEN, Job, Outcome, outcome, reason
 from multimodal.run_folder import is_finished
 from multimodal.run_names import MAX_NAME, run_name
 from multimodal.trainer import Trainer
@@ -35,6 +35,7 @@ from multimodal.units import Duration
     [
         (["seed=1,2"], ["seed=1"], "x-seed=1"),
         (["seed=1,2", "tracker=none", "workers=0"], ["seed=1", "tracker=none", "workers=0"], "x-seed=1"),
+        (["seed=1,2", "dry_run=true"], ["seed=1", "dry_run=true"], "x-seed=1"),
         (["loss=sigmoid", "seed=1,2"], ["loss=sigmoid", "seed=1"], "x-seed=1-loss=sigmoid"),
         (["duration=5steps,9steps"], ["duration=5steps"], "x-duration=5steps"),
         (["tower@towers.image=vit_tiny"], ["tower@towers.image=vit_tiny"], "x-tower_towers.image=vit_tiny"),
@@ -205,7 +206,7 @@ def test_a_stop_signal_is_passed_on_and_no_other_run_starts(tmp_path: Path) -> N
     first = job(tmp_path, "first", f"{heeds}; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
     second = job(tmp_path, "second", "print('started')")
     ended = Here(n_jobs=1, processes=1)([first, second], tmp_path)
-    assert [one.status for one in ended] == [INTERRUPTED, INTERRUPTED]
+    assert [one.status for one in ended] == [INTERRUPTED, NOT_STARTED]
     assert (tmp_path / "first.log").read_text() == "up\n"
     assert not (tmp_path / "second.log").exists()
 
@@ -273,9 +274,10 @@ def test_without_a_terminal_there_is_no_bar(
     assert "1 of 1: a finished" in caplog.messages
 
 
-def test_a_grid_that_was_stopped_and_in_which_nothing_failed_ends_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", OPEN)
+def test_a_grid_that_was_stopped_and_in_which_nothing_failed_ends_well(status: str, tmp_path: Path) -> None:
     def stopped(jobs: Sequence[Job], logs: Path) -> list[Outcome]:
-        return [Outcome(one, INTERRUPTED) for one in jobs]
+        return [Outcome(one, status) for one in jobs]
 
     with pytest.raises(SystemExit) as caught:
         grid(tmp_path, STATIC, [["seed=1"]], stopped)

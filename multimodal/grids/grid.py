@@ -17,7 +17,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from multimodal.cli import OPTIONS, literal, plain
 from multimodal.config import ConfigError, TrainConfig, check
-from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, failures
+from multimodal.grids.jobs import OPEN, Job, Outcome, failures
 from multimodal.run_folder import FINISHED, is_finished
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def launch_grid(
         ended += run(waiting, logs)
     ended.sort(key=lambda one: jobs.index(one.job))
     failed = failures(ended)
-    if any(one.status == INTERRUPTED for one in ended):
+    if any(one.status in OPEN for one in ended):
         logger.info("stopped by a signal; the same command goes on")
         if failed is None:
             sys.exit(0)

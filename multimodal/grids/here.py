@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from multimodal.config import Config
 from multimodal.endings import StopSignal
-from multimodal.grids.jobs import INTERRUPTED, Job, Outcome, environment, outcome
+from multimodal.grids.jobs import INTERRUPTED, NOT_STARTED, Job, Outcome, environment, outcome
 from multimodal.grids.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class _Machine:
 
     def _run(self, job: Job) -> Outcome:
         if self.stop_signal.came is not None:
-            return Outcome(job, INTERRUPTED)
+            return Outcome(job, NOT_STARTED)
         place = self.places.get()
         try:
             code, output = self._wait(job, self._environment(place))

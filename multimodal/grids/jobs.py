@@ -14,8 +14,9 @@ from multimodal.run_folder import FINISHED
 from multimodal.tracker import SUMMARY
 
 MAX_REASON = 300
-INTERRUPTED = "interrupted"
-"""The status of a run that a stop signal to the grid has stopped, or kept from starting."""
+INTERRUPTED, NOT_STARTED = "interrupted", "not started"
+"""The status of a run that a stop signal to the grid has stopped, and of one that it kept from starting."""
+OPEN = (INTERRUPTED, NOT_STARTED)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Outcome:
 
     job: Job
     status: str
-    """As in its summary, or INTERRUPTED."""
+    """As in its summary, or one of OPEN."""
     reason: str = ""
     """Why it failed, in a line."""
 
@@ -92,8 +93,8 @@ def environment(cores: int) -> dict[str, str]:
 
 
 def is_well(one: Outcome) -> bool:
-    """Whether it has come to its end, or was only interrupted."""
-    return one.status in (*FINISHED, INTERRUPTED)
+    """Whether it has come to its end, or only a stop signal is why it has not."""
+    return one.status in (*FINISHED, *OPEN)
 
 
 def failures(outcomes: Sequence[Outcome]) -> RunError | None:
@@ -102,5 +103,5 @@ def failures(outcomes: Sequence[Outcome]) -> RunError | None:
     if not open_ones:
         return None
     lines = [f"  {one.job.name}: {one.reason or one.status}" for one in open_ones]
-    advice = "The same command again finishes what is missing, and skips what is done"
+    advice = "Once the causes are mended, the same command finishes what is missing, and skips what is done"
     return RunError("\n".join([f"{len(open_ones)} of {len(outcomes)} runs are not finished:", *lines, advice]))

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from multimodal.grids.jobs import INTERRUPTED, Outcome, is_well
+from multimodal.grids.jobs import OPEN, Outcome, is_well
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,6 @@ class Tally:
         self.ended.append(one)
         self.failed += not is_well(one)
         self.bar.set_postfix(failed=self.failed, refresh=False)
-        self.bar.update(one.status != INTERRUPTED)
+        self.bar.update(one.status not in OPEN)
         told = f": {one.reason}" if one.reason else ""
         logger.info("%d of %d: %s %s%s", len(self.ended), self.jobs, one.job.name, one.status, told)
