@@ -10,7 +10,7 @@ from torch import Tensor
 
 from multimodal import distributed
 from multimodal.config import RunError
-from multimodal.data.workers import STOP_SIGNALS, LostWorker
+from multimodal.data.workers import STOP_SIGNALS, lost_worker
 from multimodal.units import Timeout
 
 FIRST_BROKEN = 100
@@ -47,11 +47,11 @@ class StopSignal:
 
 @contextmanager
 def losses_are_explained(timeout: Timeout) -> Iterator[None]:
-    """Turn what is said of a lost rank or data worker into a RunError that names it, and tell other ranks."""
+    """Turn what torch says of a lost rank or data worker into a RunError that names it, and tell other ranks."""
     try:
         yield
     except Exception as error:
-        told = str(error) if isinstance(error, LostWorker) else None
+        told = lost_worker(error)
         lost = distributed.lost_ranks(error if told is None else RunError(told))
         if lost is not None:
             told = f"{lost}; ranks wait for each other as long as timeout={timeout} says"

@@ -38,10 +38,6 @@ T = TypeVar("T")
 Row = TypeVar("Row")
 
 
-class LostWorker(RuntimeError):
-    """A process that reads data was killed, or hangs."""
-
-
 def read(
     dataset: Dataset[Row],
     workers: int,
@@ -50,7 +46,7 @@ def read(
 ) -> Generator[Any, None, None]:
     """What torch's DataLoader gives with these options, read by so many processes, or by this one.
 
-    To be closed, so that they end. LostWorker if one does before.
+    To be closed, so that they end.
     """
     context = _server() if workers and distributed.world_size() > 1 else None
     loader: DataLoader[Any] = DataLoader(
@@ -95,7 +91,7 @@ def _batches_of(loader: DataLoader[T], timeout: float) -> Generator[T, None, Non
 
 
 def _patient(batches: Iterator[T], timeout: float) -> Iterator[T]:
-    """What comes, within so many seconds each; torch notices at the end of its own timeout who has died."""
+    """What comes, within so many seconds each; torch looks at the end of its own timeout whether a worker has died."""
     since = time.monotonic()
     while True:
         try:
@@ -104,13 +100,19 @@ def _patient(batches: Iterator[T], timeout: float) -> Iterator[T]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if match := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)[. ]*$", str(error)):
-                told = f"a process that reads data (pid {match[1]}) {match[2]}"
-                raise LostWorker(f"{told}; perhaps there was too little memory for it") from error
-            if not re.match("DataLoader timed out", str(error)):
+            if not str(error).startswith("DataLoader timed out"):
                 raise
             if time.monotonic() - since >= timeout:
-                raise LostWorker(f"the processes that read data gave none for {timeout:g} seconds") from error
+                raise RuntimeError(f"DataLoader timed out after {timeout:g} seconds") from error
+
+
+def lost_worker(error: Exception) -> str | None:
+    """What an exception of torch's, raised anywhere, says of a process that reads data and was killed, or hangs."""
+    if match := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)[. ]*$", str(error)):
+        return f"a process that reads data (pid {match[1]}) {match[2]}; perhaps there was too little memory for it"
+    if match := re.match(r"DataLoader timed out after (.*) seconds", str(error)):
+        return f"the processes that read data gave none for {match[1]} seconds"
+    return None
 
 
 # --- beside other ranks ---------------------------------------------------------------------------------------------
