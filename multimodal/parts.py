@@ -38,7 +38,8 @@ class BadSample(ValueError):
 class Source(ABC):
     """Samples at random access; the same index gives the same sample in every process.
 
-    To be pickled: where there are several ranks, processes that read data get a copy, which shares arrays of numpy.
+    To be pickled: where there are several ranks, processes that read data get a copy. Contiguous arrays of numpy are
+    shared; a file that is open or mapped is to be opened again where it arrives (`__getstate__`, `__reduce__`).
     """
 
     class_names: tuple[str, ...] = ()

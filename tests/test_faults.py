@@ -20,6 +20,8 @@ from multimodal.data.workers import STOP_SIGNALS
 
 pytestmark = pytest.mark.slow
 
+NO_EVALUATION = "evals.shapes.every=1000000steps"
+
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -93,7 +95,7 @@ def wait_for_more(runs: Path, name: str, step: int, process: subprocess.Popen[st
 def test_a_rank_that_is_killed_or_hangs_ends_all_and_is_named(
     tmp_path: Path, number: int, victim: int, timeout: str
 ) -> None:
-    words = ["workers=1", f"timeout={timeout}", "checkpoint.every=2steps", "duration=1000steps"]
+    words = ["workers=1", f"timeout={timeout}", "checkpoint.every=2steps", "duration=30000steps", NO_EVALUATION]
     process = start(command(tmp_path, "two", *words, ranks=2))
     wait_for_step(tmp_path, "two", 3, process)
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
@@ -112,18 +114,23 @@ def test_a_rank_that_is_killed_or_hangs_ends_all_and_is_named(
     assert_sound(tmp_path, "two", saved)
 
 
-def test_a_data_worker_of_a_rank_that_is_killed_ends_all_in_words_and_a_stop_signal_to_its_server_does_not(
+def test_a_data_worker_of_a_rank_that_is_killed_ends_all_in_words_and_a_stop_signal_to_its_servers_does_not(
     tmp_path: Path,
 ) -> None:
-    process = start(command(tmp_path, "two", "workers=2", "duration=30000steps", ranks=2))
+    words = ["workers=2", "duration=30000steps", NO_EVALUATION]
+    process = start(command(tmp_path, "two", *words, ranks=2))
     wait_for_step(tmp_path, "two", 3, process)
     ranks = {rank_of(pid): pid for pid in children(process.pid)}
-    (server,) = [pid for pid in children(ranks[1]) if children(pid)]
+    servers = children(ranks[1])
+    (server,) = [pid for pid in servers if children(pid)]
+    assert len(servers) == 2
     for number in STOP_SIGNALS:  # as Slurm sends them, to all processes
-        os.kill(server, number)
+        for pid in servers:
+            os.kill(pid, number)
     workers = children(server)
     assert len(workers) == 2
     wait_for_step(tmp_path, "two", len(rows(tmp_path, "two")) + 30, process)
+    assert children(ranks[1]) == servers
     assert children(server) == workers
     os.kill(workers[0], signal.SIGKILL)
     output = end(process, 60)

@@ -6,17 +6,20 @@ import re
 import signal
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from multimodal import distributed
 from multimodal.batch import Batch, Sample
 from multimodal.data import workers
-from multimodal.data.loader import MAX_ATTEMPTS, Reader, training_batches
+from multimodal.data.loader import MAX_ATTEMPTS, Reader, read_inputs, training_batches
 from multimodal.data.order import Batches
 from multimodal.data.workers import lost_worker
 from multimodal.parts import BadSample, Source
@@ -40,6 +43,17 @@ class Numbers(Source):
 
     def captions(self, index: int) -> tuple[str, ...]:
         return ()
+
+
+class Plain:
+    """The number."""
+
+    num_truncated = 0
+
+    def __call__(self, value: int, rng: Random | None) -> Tensor:
+        return torch.tensor([value])
+
+    def save(self, folder: Path) -> None: ...
 
 
 class Noisy:
@@ -78,13 +92,37 @@ def test_the_batches_are_the_same_whatever_the_number_of_workers() -> None:
     assert_same(read(source, workers=0), read(source, workers=2))
 
 
-def test_the_batches_are_the_same_beside_other_ranks_where_a_server_starts_workers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_batches_are_the_same_beside_other_ranks_where_a_server_starts_workers() -> None:
     source = Numbers(broken=[3, 11])
-    here = read(source)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_same(here, read(source, workers=2))
+    with distributed.pretended(2):
+        assert_same(read(source), read(source, workers=2))
+
+
+def test_inputs_are_the_same_beside_other_ranks_where_a_server_starts_workers() -> None:
+    reader = Reader("image", Plain())
+    with distributed.pretended(2):
+        here, there = (list(read_inputs(range(20), reader, range(3, 17), 4, workers)) for workers in (0, 2))
+    assert [read.places for read in here] == [read.places for read in there]
+    assert all(torch.equal(a.values, b.values) for a, b in zip(here, there, strict=True))
+
+
+class Unwilling(Numbers):
+    """Can be sent, or not, and then not made where it arrives."""
+
+    def __init__(self, sent: bool) -> None:
+        super().__init__()
+        self.held = None if sent else (number for number in range(3))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        raise ZeroDivisionError("where it arrives")
+
+
+def test_what_cannot_be_sent_to_workers_or_not_be_made_there_is_told() -> None:
+    with distributed.pretended(2):
+        with pytest.raises(TypeError, match=r"it cannot be: cannot pickle 'generator' object"):
+            read(Unwilling(sent=False), workers=1)
+        with pytest.raises(ZeroDivisionError, match="where it arrives"):
+            read(Unwilling(sent=True), workers=1)
 
 
 def test_a_run_that_starts_later_reads_what_the_whole_run_reads_from_there() -> None:
@@ -169,11 +207,11 @@ class Arrays(Numbers):
         return Sample(f"array/{index}", {"number": bool(right), "negative": sum(shared)})
 
 
-def test_beside_other_ranks_workers_share_the_arrays_of_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for batch in read(Arrays(), workers=2):
-        assert bool(batch.inputs["one"][:, 0].all())
-        assert batch.inputs["other"][:, 0].tolist() == [4] * BATCH
+def test_beside_other_ranks_workers_share_the_arrays_of_a_data_set() -> None:
+    with distributed.pretended(2):
+        for batch in read(Arrays(), workers=2):
+            assert bool(batch.inputs["one"][:, 0].all())
+            assert batch.inputs["other"][:, 0].tolist() == [4] * BATCH
 
 
 class Slow(Numbers):
@@ -214,12 +252,23 @@ class Suicidal(Numbers):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_that_is_killed_is_told_long_before_the_timeout(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "POLL", 0.5)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    with pytest.raises(RuntimeError) as caught:
+    with distributed.pretended(ranks), pytest.raises(RuntimeError) as caught:
         read(Suicidal(), workers=1, timeout=10_000)
     told = lost_worker(caught.value)
     assert told is not None
     assert re.match(r"a process that reads data \(pid \d+\) (is killed|exited)", told)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_is_killed_while_a_step_computes_is_told() -> None:
+    order = Batches(SAMPLES, 1, BATCH, 0, 1, 0, 9)
+    with closing(training_batches(Numbers(), READERS, order, 1, workers=1)) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        with pytest.raises(RuntimeError) as caught:
+            time.sleep(10)
+    assert lost_worker(caught.value) is not None
     assert multiprocessing.active_children() == []
 
 

@@ -1,5 +1,6 @@
 """The laws of towers: what they see, how they read, and that they are those of CLIP."""
 
+import pickle
 import string
 from pathlib import Path
 from random import Random
@@ -20,7 +21,7 @@ from multimodal.config import ModelSection
 from multimodal.data.augment import Keep
 from multimodal.model import Model
 from multimodal.parts import TowerModule
-from multimodal.towers.byte_bpe import FILE, ByteBPE
+from multimodal.towers.byte_bpe import END, FILE, PAD, START, ByteBPE
 from multimodal.towers.clip_bpe import ClipBPE
 from multimodal.towers.images import ImageEncoder, ImagePreprocessor
 from multimodal.towers.resnet import ResNet
@@ -133,6 +134,13 @@ def test_learnt_tokens_are_of_the_cleaned_text_if_asked() -> None:
 def test_what_is_learnt_is_learnt_from_cleaned_captions() -> None:
     part = ByteBPE(vocab_size=400, max_captions=1000, clean="whitespace")
     assert len(part.build(lambda: ["&lt;&lt;&lt;&lt;"] * 100, None)("<<<<")) == 3
+
+
+def test_a_caption_that_spells_marks_has_the_same_tokens_after_pickling() -> None:
+    encoding = learnt()
+    caption = f"{PAD} a cat {END}{START}"
+    assert not {encoding.pad, encoding.start, encoding.end} & set(encoding(caption)[1:-1])
+    assert pickle.loads(pickle.dumps(encoding))(caption) == encoding(caption)
 
 
 def test_a_vocabulary_kept_before_white_space_was_single_gives_the_tokens_that_it_gave(tmp_path: Path) -> None:

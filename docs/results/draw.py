@@ -1,4 +1,4 @@
-"""Draw docs/images/batch_and_loss.png from the table beside this file: `uv run python docs/results/draw.py`."""
+"""Draw what docs/results.md shows from the tables beside this file: `uv run python docs/results/draw.py`."""
 
 from pathlib import Path
 
@@ -8,16 +8,17 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 HERE = Path(__file__).parent
+BLUE, ORANGE = "#0072b2", "#d55e00"
 PANELS = (("shapes", "top1", "top-1, %"), ("flickr8k", "t2i_r10", "text to image R@10, %"))
 
 
-def main() -> None:
+def batch_and_loss() -> None:
     """Every run is a point; the line goes through the mean of what three seeds gave, or of the best learning rate."""
     table = csv.read_csv(HERE / "batch_and_loss.csv")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for axis, (data, metric, title) in zip(axes, PANELS, strict=True):
         of = table.filter(pc.and_(pc.equal(table["data"], data), pc.equal(table["metric"], metric)))
-        for loss, color in (("infonce", "#0072b2"), ("sigmoid", "#d55e00")):
+        for loss, color in (("infonce", BLUE), ("sigmoid", ORANGE)):
             one = of.filter(pc.equal(of["loss"], loss))
             batch, value, lr, seed = (one[name].to_numpy() for name in ("global_batch_size", "value", "lr", "seed"))
             axis.plot(batch, 100 * value, ".", color=color, alpha=0.4)
@@ -34,5 +35,27 @@ def main() -> None:
     figure.savefig(HERE.parent / "images" / "batch_and_loss.png", dpi=110)
 
 
+def space() -> None:
+    """Every run is a point, lines go through means; the level is that of the default, learned and 128 wide."""
+    table = csv.read_csv(HERE / "space.csv")
+    scale, width, learned, top1 = (table[name].to_numpy() for name in ("logit_scale", "embed_dim", "learned", "top1"))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True, sharey=True)
+    for axis, x, drawn, title in (
+        (axes[0], scale, ~learned, "logit scale (1 / temperature), fixed"),
+        (axes[1], width, learned, "embedding dimension"),
+    ):
+        axis.plot(x[drawn], 100 * top1[drawn], ".", color=BLUE, alpha=0.4)
+        places = np.unique(x[drawn])
+        axis.plot(places, [100 * top1[drawn & (x == place)].mean() for place in places], color=BLUE)
+        axis.axhline(100 * top1[learned & (width == 128)].mean(), color=ORANGE, lw=1, label="the default's mean")
+        axis.set(xscale="log", xlabel=title)
+        axis.set_xticks(places, [f"{place:.3g}" for place in places], minor=False)
+        axis.minorticks_off()
+        axis.legend(frameon=False, loc="lower right")
+    axes[0].set_ylabel("shapes, top-1, %")
+    figure.savefig(HERE.parent / "images" / "space.png", dpi=110)
+
+
 if __name__ == "__main__":
-    main()
+    batch_and_loss()
+    space()

@@ -31,6 +31,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 POLL = 5.0
 """Seconds after which a batch that has not come is asked after: is the worker alive that should send it?"""
 
+LIBRARIES = ("open_clip", "timm", "torchvision", "transformers")
+"""Parts import them when they are made, or first used, and that takes seconds."""
+
 ALIGNMENT = 64
 """Bytes that an array in shared memory begins at a multiple of."""
 
@@ -48,7 +51,7 @@ def read(
 
     To be closed, so that they end.
     """
-    context = _server() if workers and distributed.world_size() > 1 else None
+    context = _server() if workers and distributed.started() else None
     loader: DataLoader[Any] = DataLoader(
         dataset if context is None else _Sent(dataset),
         num_workers=workers,
@@ -87,7 +90,8 @@ def _batches_of(loader: DataLoader[T], timeout: float) -> Generator[T, None, Non
         del batches
         for worker in workers:
             worker.kill()
-            worker.join(POLL)
+        for worker in workers:
+            worker.join()
 
 
 def _patient(batches: Iterator[T], timeout: float) -> Iterator[T]:
@@ -112,6 +116,8 @@ def lost_worker(error: Exception) -> str | None:
         return f"a process that reads data (pid {match[1]}) {match[2]}; perhaps there was too little memory for it"
     if match := re.match(r"DataLoader timed out after (.*) seconds", str(error)):
         return f"the processes that read data gave none for {match[1]} seconds"
+    if "unable to allocate shared memory" in str(error):
+        return "there is too little shared memory (/dev/shm) for what processes read"
     return None
 
 
@@ -119,17 +125,19 @@ def lost_worker(error: Exception) -> str | None:
 
 
 def _server() -> BaseContext:
-    """What starts workers in the place of this process: one that has no threads, and has imported what this one has.
+    """What starts workers in the place of this process: one without a process group, and with what is slow to import.
 
     Threads of a process group enter the interpreter when a collective ends, and a child that CPython 3.11 forks in
     that moment waits without end. (Python 3.14 starts all processes like this.)
     """
-    ours = allowed_packages()
+    ours = tuple(f"{package}." for package in allowed_packages())
+    names = [name for name in sys.modules if f"{name}.".startswith(ours) or name in LIBRARIES]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] in ours])
-    resource_tracker.ensure_running()  # it heeds no stop signals, but lets them through again to the one who starts it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    context.set_forkserver_preload(names)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit it, and live on like workers
     try:
+        resource_tracker.ensure_running()  # which lets some through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -153,7 +161,23 @@ class _Sent(Dataset[Row], Generic[Row]):
     """A data set whose arrays are sent to workers once for all of them, in memory that they share."""
 
     def __init__(self, dataset: Dataset[Row]) -> None:
+        """TypeError if it cannot be sent."""
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            self.pickled = pickle.dumps(dataset, protocol=5, buffer_callback=buffers.append)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            told = f"beside other ranks what processes read is pickled for them, and it cannot be: {error}"
+            raise TypeError(f"{told}; workers=0 needs no processes") from error
+        arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        starts = [0, *accumulate(math.ceil(len(array) / ALIGNMENT) * ALIGNMENT for array in arrays)]
+        self.places = [slice(start, start + len(array)) for start, array in zip(starts, arrays, strict=False)]
+        self.shared: Tensor = torch.empty(starts[-1], dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        for place, array in zip(self.places, arrays, strict=True):
+            self.shared.numpy()[place] = array
         self.dataset = dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "dataset"}
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -162,21 +186,7 @@ class _Sent(Dataset[Row], Generic[Row]):
         return self.dataset[index]
 
     @cached_property
-    def sent(self) -> tuple[bytes, Tensor, list[slice]]:
-        """The data set without its arrays; these, one behind the other; where each is."""
-        buffers: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(self.dataset, protocol=5, buffer_callback=buffers.append)
-        arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
-        starts = [0, *accumulate(math.ceil(len(array) / ALIGNMENT) * ALIGNMENT for array in arrays)]
-        shared: Tensor = torch.empty(starts[-1], dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        places = [slice(start, start + len(array)) for start, array in zip(starts, arrays, strict=False)]
-        for place, array in zip(places, arrays, strict=True):
-            shared.numpy()[place] = array
-        return pickled, shared, places
-
-    def __getstate__(self) -> tuple[bytes, Tensor, list[slice]]:
-        return self.sent
-
-    def __setstate__(self, sent: tuple[bytes, Tensor, list[slice]]) -> None:
-        pickled, shared, places = sent
-        self.dataset = pickle.loads(pickled, buffers=[shared.numpy()[place] for place in places])
+    def dataset(self) -> Dataset[Row]:
+        """Made in a worker when it first reads, so that the rank is told what goes wrong."""
+        made: Dataset[Row] = pickle.loads(self.pickled, buffers=[self.shared.numpy()[place] for place in self.places])
+        return made

@@ -28,10 +28,14 @@ class _Encoding:
     pad = 0
 
     def __init__(self, vocabulary: Vocabulary, clean: Clean) -> None:
+        self.made_of = vocabulary, clean
         self.vocabulary, self.clean = vocabulary, cleaner(clean)
         vocabulary.encode_special_tokens = True  # a caption that spells "<pad>" means these characters
         self.vocab_size = num_ids(vocabulary)
         _, self.start, self.end = _marks(self.vocab_size)
+
+    def __reduce__(self) -> tuple[type["_Encoding"], tuple[Vocabulary, Clean]]:
+        return _Encoding, self.made_of  # made anew: a vocabulary does not remember what was set
 
     def __call__(self, text: str) -> list[int]:
         return [self.start, *self.vocabulary.encode(self.clean(text)).ids, self.end]
