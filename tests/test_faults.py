@@ -134,7 +134,7 @@ def test_a_data_worker_of_a_rank_that_is_killed_ends_all_in_words_and_a_stop_sig
     assert children(server) == workers
     os.kill(workers[0], signal.SIGKILL)
     output = end(process, 60)
-    assert f"rank 1 ended with RunError: a process that reads data (pid {workers[0]}) exited" in output
+    assert f"rank 1: a process that reads data (pid {workers[0]}) exited" in output
     assert_sound(tmp_path, "two", 8)
 
 
