@@ -1,5 +1,6 @@
 """Draw what docs/results.md shows from the tables beside this file: `uv run python docs/results/draw.py`."""
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -56,6 +57,25 @@ def space() -> None:
     figure.savefig(HERE.parent / "images" / "space.png", dpi=110)
 
 
+def scaling() -> None:
+    """The law of five widths, what it foretold of a sixth, and what came."""
+    fitted, came = csv.read_csv(HERE / "scaling.csv"), csv.read_csv(HERE / "scaling-came.csv")
+    foretold = json.loads((HERE / "scaling-foretold.jsonl").read_text().splitlines()[0])
+    a, b, c = (foretold["law"][name]["value"] for name in "abc")
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), constrained_layout=True)
+    flops = np.geomspace(fitted["flops"].to_numpy().min(), foretold["x"])
+    axis.plot(flops, 100 * (a + b * flops**-c), color=BLUE, label="the law")
+    axis.plot(fitted["flops"], 100 * fitted["error"].to_numpy(), ".", color=BLUE, alpha=0.5, label="fitted, GPU")
+    axis.vlines(foretold["x"], 100 * foretold["low"], 100 * foretold["high"], color=BLUE, alpha=0.5, label="foretold")
+    axis.plot(came["flops"], 100 * came["error"].to_numpy(), "x", color=ORANGE, label="came after, CPU")
+    axis.set(xscale="log", xlabel="FLOPs of training", ylabel="error on shapes, %", ylim=(0, None))
+    axis.set_xticks([3e12, 1e13, 3e13], ["3e12", "1e13", "3e13"], minor=False)
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    figure.savefig(HERE.parent / "images" / "scaling_came.png", dpi=110)
+
+
 if __name__ == "__main__":
     batch_and_loss()
     space()
+    scaling()
