@@ -12,9 +12,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import time, torch
+import signal, time, torch
 from contextlib import closing
 from multimodal.data.loader import Reader, read_inputs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 
 class Preprocessor:
     num_truncated = 0
