@@ -35,7 +35,7 @@ from multimodal.units import Duration
     [
         (["seed=1,2"], ["seed=1"], "x-seed=1"),
         (["seed=1,2", "tracker=none", "workers=0"], ["seed=1", "tracker=none", "workers=0"], "x-seed=1"),
-        (["seed=1,2", "dry_run=true"], ["seed=1", "dry_run=true"], "x-seed=1"),
+        (["seed=1,2", "dry_run=true"], ["seed=1", "dry_run=True"], "x-seed=1"),  # as Hydra tells it
         (["loss=sigmoid", "seed=1,2"], ["loss=sigmoid", "seed=1"], "x-seed=1-loss=sigmoid"),
         (["duration=5steps,9steps"], ["duration=5steps"], "x-duration=5steps"),
         (["tower@towers.image=vit_tiny"], ["tower@towers.image=vit_tiny"], "x-tower_towers.image=vit_tiny"),

@@ -1,6 +1,7 @@
 """The laws of frozen towers in training, and of features that are computed once."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,13 @@ def test_images_are_not_read_again(tiny_config: TinyConfig, monkeypatch: pytest.
     trainer._train()
     probed = list(range(0, 64, 4))
     assert sorted(read) == sorted([*range(64), *probed])
+
+
+def test_kept_features_are_mapped_where_they_arrive_and_not_sent(tmp_path: Path) -> None:
+    np.save(tmp_path / "image.npy", np.arange(40_000, dtype=np.float32).reshape(1000, 40))
+    sent = pickle.dumps(KeptFeatures(tmp_path / "image.npy"))
+    assert len(sent) < 1000
+    assert pickle.loads(sent)(3).tolist() == list(range(120, 160))
 
 
 def test_a_sample_that_was_broken_is_replaced(tmp_path: Path) -> None:

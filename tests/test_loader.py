@@ -240,6 +240,12 @@ def test_workers_that_are_stuck_are_told_after_the_timeout(monkeypatch: pytest.M
     assert multiprocessing.active_children() == []
 
 
+def test_too_little_shared_memory_is_told() -> None:
+    told = "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+    assert "/dev/shm" in (lost_worker(RuntimeError(told)) or "")
+    assert lost_worker(RuntimeError("something else")) is None
+
+
 class Suicidal(Numbers):
     """Whoever reads sample 3 is killed."""
 
